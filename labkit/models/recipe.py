@@ -1,0 +1,292 @@
+"""A recipe: which layers of a model are quantized, on what grid and by which method. Written in YAML.
+
+    name: w4a16-gptq-g64
+    calibration: {windows: 32, tokens: 256}
+    rules:
+      - match: model.layers.*            # shell pattern over Hugging Face layer names; the first that matches wins
+        weight: int4 g64 asym            # a QuantSpec, or keep
+        method: gptq
+        options: {act_order: true}
+
+A recipe's name follows the field: w4a16-gptq-g64 has 4-bit weights, activations that are not quantized (16-bit floats on
+most GPUs, float32 here), GPTQ, groups of 64. ``str(recipe)`` writes out everything that such a name leaves open.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from labkit.quant import METHODS, QuantizedTensor, QuantSpec
+
+Method = Callable[..., QuantizedTensor]
+KEEP = "keep"
+_FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens to the layers whose name matches.
+
+    match     shell pattern over the whole name: ``model.layers.*.mlp.*``, ``*.q_proj``, ``lm_head``
+    weight    the grid, or None to leave these layers as they are
+    method    a name in ``labkit.quant.METHODS``; None exactly when weight is None
+    options   handed to the method: ``{"act_order": True}``
+    """
+
+    match: str
+    weight: QuantSpec | None
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.weight is None) != (self.method is None):
+            raise ValueError(
+                f"rule {self.match!r}: a weight spec and a method come together, found weight "
+                f"{self.weight or KEEP} and method {self.method}; give both, or neither to leave the layers alone"
+            )
+        if self.weight is None and self.options:
+            raise ValueError(f"rule {self.match!r} leaves its layers alone, yet has options {dict(self.options)}")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How much text the methods that need statistics see: ``windows`` times ``tokens``."""
+
+    windows: int = 32
+    tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"calibration.{name} must be a positive whole number, found {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Rules in order. The first rule that matches a layer's name wins; a layer that none matches is left alone."""
+
+    rules: tuple[Rule, ...]
+    name: str = "unnamed"
+    calibration: Calibration = Calibration()
+
+    @classmethod
+    def load(cls, source: str | Path) -> Recipe:
+        """A recipe that ships with labkit, by name, or a YAML file, by path.
+
+        Raises FileNotFoundError for an unknown name or path, ValueError for what ``parse`` refuses.
+        """
+        text = str(source)
+        path = Path(source)
+        if not path.suffix and "/" not in text:
+            path = _FOLDER / f"{text}.yaml"
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"no recipe {text!r}; labkit has {', '.join(names())}; a file of your own is given by its path"
+                )
+        try:
+            content = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no recipe file {path}; labkit's own are {', '.join(names())}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"recipe {path}: expected YAML text, found bytes that are not UTF-8 ({error})") from None
+        return cls.parse(content, where=str(path), name=path.stem)
+
+    @classmethod
+    def parse(cls, text: str, *, where: str = "recipe", name: str = "unnamed") -> Recipe:
+        """A recipe from its YAML text. ``where`` stands in error messages, ``name`` is used if the text has none.
+
+        Raises ValueError for text that is no YAML, an unknown or missing key, a spec that does not parse.
+        """
+        try:
+            tree = yaml.load(text, Loader=_StrictLoader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+        return cls.from_dict(tree, where=where, name=name)
+
+    @classmethod
+    def from_dict(cls, tree: Any, *, where: str = "recipe", name: str = "unnamed") -> Recipe:
+        """A recipe from what ``to_dict`` or YAML gives. Raises ValueError as ``parse`` does."""
+        _keys(tree, required={"rules"}, optional={"name", "calibration"}, where=where)
+        if not isinstance(tree["rules"], list) or not tree["rules"]:
+            raise ValueError(f"{where}: rules must be a list of at least one rule, found {tree['rules']!r}")
+        if not isinstance(name := tree.get("name", name), str):
+            raise ValueError(f"{where}: name must be a text, found {name!r}")
+        rules = tuple(_rule(r, f"{where}, rule {i}") for i, r in enumerate(tree["rules"], start=1))
+        calibration = tree.get("calibration", {})
+        _keys(calibration, optional={f.name for f in fields(Calibration)}, where=f"{where}, calibration")
+        try:
+            return cls(rules=rules, name=name, calibration=Calibration(**calibration))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``from_dict`` reads back into an equal recipe, with every option written out."""
+        rules: list[dict[str, Any]] = []
+        for rule in self.rules:
+            if rule.weight is None:
+                rules.append({"match": rule.match, "weight": KEEP})
+                continue
+            options = expand(rule)
+            rules.append({"match": rule.match, "weight": str(rule.weight), "method": rule.method})
+            if options:
+                rules[-1]["options"] = options
+        calibration = {"windows": self.calibration.windows, "tokens": self.calibration.tokens}
+        return {"name": self.name, "calibration": calibration, "rules": rules}
+
+    def rule_for(self, layer: str) -> Rule | None:
+        """The first rule that matches the layer's name, or None."""
+        return next((rule for rule in self.rules if fnmatchcase(layer, rule.match)), None)
+
+    def plan(self, layers: Collection[str], methods: Mapping[str, Method] = METHODS) -> dict[str, Rule]:
+        """Which rule quantizes which layer, for the layers that are quantized, in the order given.
+
+        Raises ValueError before any work is done for a method that ``methods`` lacks, an option that the method does
+        not take, a quantizing rule that matches none of the layers, and a recipe that quantizes nothing.
+        """
+        for rule in self.rules:
+            if rule.method is None:
+                continue
+            if rule.method not in methods:
+                raise ValueError(
+                    f"recipe {self.name}: rule {rule.match!r} asks for method {rule.method!r}; there is "
+                    f"{', '.join(sorted(methods))}"
+                )
+            known = defaults(methods[rule.method])
+            if known is not None and (unknown := set(rule.options) - set(known)):
+                raise ValueError(
+                    f"recipe {self.name}: method {rule.method!r} has no option {', '.join(sorted(unknown))}; it takes "
+                    f"{', '.join(sorted(known)) or 'none'}"
+                )
+            if not any(fnmatchcase(layer, rule.match) for layer in layers):
+                raise ValueError(
+                    f"recipe {self.name}: rule {rule.match!r} matches no linear layer of the model, whose names are "
+                    f"like {', '.join(list(layers)[:2])}; correct the pattern or remove the rule"
+                )
+        plan = {}
+        for layer in layers:
+            rule_ = self.rule_for(layer)
+            if rule_ is not None and rule_.weight is not None:
+                plan[layer] = rule_
+        if not plan:
+            raise ValueError(f"recipe {self.name} quantizes no layer; add a rule with a weight spec and a method")
+        return plan
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any rule's method needs statistics of the layers' inputs."""
+        return any(needs(METHODS[r.method]) for r in self.rules if r.method in METHODS)
+
+    def __str__(self) -> str:
+        """The full expansion, itself a YAML recipe: what a name leaves open stands here."""
+        lines = [f"name: {self.name}"]
+        seen = "" if self.calibrated else "  # not used: no method here looks at text"
+        lines.append(
+            f"calibration: {{windows: {self.calibration.windows}, tokens: {self.calibration.tokens}}}{seen}"
+        )
+        lines.append("rules:  # the first that matches a layer's name wins")
+        for rule in self.rules:
+            lines.append(f"- match: {_inline(rule.match)}")
+            if rule.weight is None:
+                lines.append(f"  weight: {KEEP}  # left as it is")
+                continue
+            lines.append(f"  weight: {rule.weight}  # {describe(rule.weight)}")
+            lines.append(f"  method: {rule.method}")
+            if options := expand(rule):
+                lines.append("  options:")
+                lines += [f"    {key}: {_inline(value)}" for key, value in options.items()]
+        lines.append("# every layer that no rule matches is left as it is; activations are not quantized")
+        return "\n".join(lines)
+
+
+def names() -> list[str]:
+    """The recipes that ship with labkit."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def needs(method: Method) -> frozenset[str]:
+    """The statistics that a method asks for: ``{"hessian"}`` for GPTQ, nothing for RTN."""
+    return frozenset(getattr(method, "needs", ()))
+
+
+def defaults(method: Method) -> dict[str, Any] | None:
+    """A method's options and their defaults; None when it takes any (``**options``)."""
+    parameters = inspect.signature(method).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name: p.default for p in parameters if p.name not in ("weight", "spec", "stats")}
+
+
+def expand(rule: Rule) -> dict[str, Any]:
+    """A rule's options together with its method's defaults, by name. What is None (switched off) is left out."""
+    known = defaults(METHODS[rule.method]) if rule.method in METHODS else None
+    options = {**(known or {}), **rule.options}
+    return {key: options[key] for key in sorted(options) if options[key] is not None}
+
+
+def describe(spec: QuantSpec) -> str:
+    """A spec in words: who shares a scale, how scale and zero point are stored."""
+    block = spec.block
+    if isinstance(block, int):
+        shared = f"each run of {block} weights"
+    else:
+        rows, columns = block
+        row = {None: "all rows", 1: "each row"}.get(rows, f"each {rows} rows")
+        shared = row if columns is None else f"{row}, {columns} columns"
+    zero = {
+        "none": "symmetric, no zero point",
+        "int": f"one zero point, an integer of {spec.bits} bits",
+        "float": "one zero point, a float",
+    }[spec.zero]
+    return f"{shared} share one {spec.scale} scale; {zero}"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, not the last one's victory."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _rule(tree: Any, where: str) -> Rule:
+    _keys(tree, required={"match", "weight"}, optional={"method", "options"}, where=where)
+    match, weight, method, options = (tree.get(k) for k in ("match", "weight", "method", "options"))
+    for key, value in (("match", match), ("weight", weight)):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {key} must be a text, found {value!r}")
+    if method is not None and not isinstance(method, str):
+        raise ValueError(f"{where}: method must be a text, found {method!r}")
+    if options is not None and not isinstance(options, dict):
+        raise ValueError(f"{where}: options must be a mapping of names to values, found {options!r}")
+    try:
+        spec = None if weight == KEEP else QuantSpec.parse(weight)
+        return Rule(match, spec, method, options or {})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _keys(tree: Any, *, required: Collection[str] = (), optional: Collection[str] = (), where: str) -> None:
+    known = ", ".join(sorted({*required, *optional}))
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where}: expected a mapping with {known}, found {tree!r}")
+    if unknown := set(tree) - {*required, *optional}:
+        raise ValueError(f"{where}: unknown key {', '.join(map(repr, sorted(map(str, unknown))))}; known are {known}")
+    if missing := set(required) - set(tree):
+        raise ValueError(f"{where}: {', '.join(sorted(missing))} missing; a recipe needs it")
+
+
+def _inline(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
