@@ -1,0 +1,128 @@
+"""The keys and values of every running request, so that a step computes only what is new.
+
+One row per request, each of ``max_len`` positions. Rows 0 to n - 1 are in use: when a request leaves, the last
+row moves into the hole, so that a step over all requests reads one block of memory and copies nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from labkit.models.config import ModelConfig
+from labkit.models.llama import visible
+
+
+class KVCache:
+    """Keys and values of up to ``max_batch`` requests of up to ``max_len`` tokens each.
+
+    A request is known by its id: ``add`` gives it a row, ``batch`` makes what the model is called with to append
+    tokens, ``remove`` frees the row. Memory is taken when a position is first written, not before.
+    """
+
+    def __init__(self, config: ModelConfig, *, max_batch: int, max_len: int) -> None:
+        self.config, self.max_batch, self.max_len = config, max_batch, max_len
+        shape = (config.layers, max_batch, config.kv_heads, max_len, config.head_dim)
+        self.keys, self.values = _zeros(shape), _zeros(shape)
+        self._ids: list[int] = []  # by row
+        self._lengths: list[int] = []  # by row: positions that are taken
+
+    def __len__(self) -> int:
+        """How many requests have a row."""
+        return len(self._ids)
+
+    def __contains__(self, id: int) -> bool:
+        return id in self._ids
+
+    @property
+    def tokens(self) -> int:
+        """How many positions are taken, over all requests."""
+        return sum(self._lengths)
+
+    def length(self, id: int) -> int:
+        """How many tokens of this request are in the cache."""
+        return self._lengths[self._ids.index(id)]
+
+    def add(self, id: int) -> None:
+        """Give a request an empty row. Raises RuntimeError when none is free."""
+        if len(self._ids) == self.max_batch:
+            raise RuntimeError(f"all {self.max_batch} rows are taken; remove a request first")
+        self._ids.append(id)
+        self._lengths.append(0)
+
+    def remove(self, id: int) -> None:
+        """Free a request's row; the last row takes its place. Nothing of the request stays in memory."""
+        row, last = self._ids.index(id), len(self._ids) - 1
+        used, moved = self._lengths[row], self._lengths[last]
+        for store in (self.keys, self.values):
+            if row != last:
+                store[:, row, :, :moved] = store[:, last, :, :moved]
+            # Zeros, because a masked position still takes part in the sum as 0 * value, and 0 * NaN is NaN.
+            store[:, row, :, moved if row != last else 0 : used] = 0
+            store[:, last, :, :moved] = 0
+        self._ids[row], self._lengths[row] = self._ids[last], moved
+        self._ids.pop()
+        self._lengths.pop()
+
+    def batch(self, ids: Sequence[int], tokens: int) -> Batch:
+        """Append ``tokens`` positions to each of these requests: what the model is called with next.
+
+        The requests must stand in neighbouring rows (all there are, or one alone, always do); the batch has them
+        in the order of its ``ids``. Raises ValueError otherwise, and where max_len would be exceeded.
+        """
+        rows = sorted(self._ids.index(id) for id in ids)
+        first, stop = rows[0], rows[-1] + 1
+        if rows != list(range(first, stop)):
+            raise ValueError(f"requests of one batch must stand in neighbouring rows, found {rows}")
+        starts = self._lengths[first:stop]
+        if max(starts) + tokens > self.max_len:
+            raise ValueError(f"{max(starts)} + {tokens} tokens do not fit into {self.max_len} positions")
+        self._lengths[first:stop] = [start + tokens for start in starts]
+        return Batch(self, first, self._ids[first:stop], starts, tokens)
+
+
+class Batch:
+    """One forward pass over some requests; the ``Cache`` that the model asks for.
+
+    ids        the requests, in the order of the pass's rows
+    positions  (B, T) of the new tokens
+    """
+
+    def __init__(self, cache: KVCache, first: int, ids: list[int], starts: list[int], tokens: int) -> None:
+        self.ids = ids
+        self.positions = torch.tensor(starts)[:, None] + torch.arange(tokens)  # (B, T)
+        rows, seen = slice(first, first + len(ids)), max(starts) + tokens
+        self._keys = cache.keys[:, rows, :, :seen]  # (layers, B, kv_heads, S, head_dim), a view
+        self._values = cache.values[:, rows, :, :seen]
+        # All rows at the same place: a slice, which is cheaper than indices.
+        self._new = slice(starts[0], seen) if len(set(starts)) == 1 else None
+        self._rows = torch.arange(len(ids))[:, None]  # (B, 1)
+        windows = cache.config.windows
+        masks = {window: self._mask(window, seen) for window in set(windows)}
+        self._masks = [masks[window] for window in windows]
+
+    def _mask(self, window: int | None, seen: int) -> Tensor | None:
+        """bool (B, 1, T, S). A row sees its own past; what lies behind it belongs to nobody."""
+        whole = self._new is not None and self.positions.shape[1] == 1
+        if whole and (window is None or seen <= window):
+            return None
+        return visible(self.positions, torch.arange(seen)[None], window)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keep a layer's new keys and values (B, kv_heads, T, head_dim) and give all so far, T become S."""
+        keys, values = self._keys[layer], self._values[layer]
+        if self._new is not None:
+            keys[:, :, self._new] = k
+            values[:, :, self._new] = v
+        else:
+            keys[self._rows, :, self.positions] = k.transpose(1, 2)  # (B, T, kv_heads, head_dim)
+            values[self._rows, :, self.positions] = v.transpose(1, 2)
+        return keys, values, self._masks[layer]
+
+
+def _zeros(shape: tuple[int, ...]) -> Tensor:
+    # numpy's zeros are pages that the system hands out when they are first written; torch writes them all.
+    return torch.from_numpy(np.zeros(shape, dtype=np.float32))
