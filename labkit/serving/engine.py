@@ -60,7 +60,7 @@ class Engine:
         self._scheduler = Scheduler(max_batch)
         self._cache = KVCache(model.config, max_batch=max_batch, max_len=self.max_len)
         self._ids = itertools.count()
-        # New requests, and None to wake the thread. A SimpleQueue can be written to while garbage is collected.
+        # New requests, and None to wake the thread. A SimpleQueue may be written to from a finalizer.
         self._inbox: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
         self._answers: dict[int, Answer] = {}  # by id: what the thread has received and not yet ended
         self._gate = threading.Lock()  # between submit and close
@@ -121,8 +121,8 @@ class Engine:
             raise ValueError("the prompt is empty; expected at least one token")
         if len(ids) >= self.max_len:
             raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens, expected fewer than {self.max_len}, which prompt and answer "
-                "may have together; shorten it, or serve with a larger max_len where the model allows one"
+                f"the prompt has {len(ids)} tokens, expected fewer than {self.max_len}, which prompt and "
+                "answer share; shorten it, or serve with a larger max_len where the model allows one"
             )
         vocab = self.model.config.vocab_size
         if not 0 <= min(ids) <= max(ids) < vocab:
@@ -238,13 +238,13 @@ class Answer:
         self._stop = StopFilter(params.stop)
 
     def take(self, logits: Tensor) -> FinishReason | None:
-        """Choose the next token from logits (vocab,), hand it to the caller; why it was the last, or None."""
+        """Choose the next token from logits (vocab,) and hand it on; why it was the last, or None."""
         self.last = choose(logits, self.params, self._draw)
         self._left -= 1
         ended = self.last in self._eos_ids
         text, stopped = self._stop.push("" if ended else self._text.push(self.last))
         if not stopped and (ended or self._left == 0):
-            rest, stopped = self._stop.push(self._text.flush())
+            rest, stopped = self._stop.push(self._text.finish())
             text += rest if stopped else rest + self._stop.flush()
         self.channel.put(self._token(text, logits))
         if ended or stopped:

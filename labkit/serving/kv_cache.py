@@ -1,7 +1,8 @@
 """The keys and values of every running request, so that a step computes only what is new.
 
-One row per request, each of ``max_len`` positions. Rows 0 to n - 1 are in use: when a request leaves, the last
-row moves into the hole, so that a step over all requests reads one block of memory and copies nothing.
+One row per request, each of ``max_len`` positions. Rows 0 to n - 1 are in use: when a request leaves, the
+last row moves into the hole, so that a step over all requests reads one block of memory and copies
+nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from labkit.models.llama import visible
 class KVCache:
     """Keys and values of up to ``max_batch`` requests of up to ``max_len`` tokens each.
 
-    A request is known by its id: ``add`` gives it a row, ``batch`` makes what the model is called with to append
-    tokens, ``remove`` frees the row. Memory is taken when a position is first written, not before.
+    A request is known by its id: ``add`` gives it a row, ``batch`` makes what the model is called with to
+    append tokens, ``remove`` frees the row. Memory is taken when a position is first written, not before.
     """
 
     def __init__(self, config: ModelConfig, *, max_batch: int, max_len: int) -> None:
@@ -70,8 +71,9 @@ class KVCache:
     def batch(self, ids: Sequence[int], tokens: int) -> Batch:
         """Append ``tokens`` positions to each of these requests: what the model is called with next.
 
-        The requests must stand in neighbouring rows (all there are, or one alone, always do); the batch has them
-        in the order of its ``ids``. Raises ValueError otherwise, and where max_len would be exceeded.
+        The requests must stand in neighbouring rows (all there are, or one alone, always do); the batch
+        has them in the order of its ``ids``. Raises ValueError otherwise, and where max_len would be
+        exceeded.
         """
         rows = sorted(self._ids.index(id) for id in ids)
         first, stop = rows[0], rows[-1] + 1

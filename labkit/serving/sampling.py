@@ -52,8 +52,8 @@ class SamplingParams:
 def choose(logits: Tensor, params: SamplingParams, draw: random.Random) -> int:
     """The next token's id, from one position's logits (vocab,).
 
-    ``draw`` is the request's own source of randomness: one number is taken from it for each drawn token, so that
-    a request's tokens depend on its seed alone. Raises ValueError for logits that are not finite.
+    ``draw`` is the request's own source of randomness: one number is taken from it for each drawn token,
+    so that a request's tokens depend on its seed alone. Raises ValueError for logits that are not finite.
     """
     top, best = logits.max(dim=-1)
     if not torch.isfinite(top):

@@ -1,7 +1,7 @@
 """Which requests the next step works on.
 
-Continuous batching (Orca, Yu et al. 2022): requests join and leave between any two steps. Plain Python, no tensors:
-what is computed is the engine's business.
+Continuous batching (Orca, Yu et al. 2022): requests join and leave between any two steps. Plain Python,
+no tensors: what is computed is the engine's business.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class Step:
 class Scheduler:
     """First come, first served, with at most ``max_batch`` requests running.
 
-    A step decodes every running request, and takes in waiting ones while there is room and their prompts together
-    stay within ``prefill_tokens``: running requests wait for no more than that. A longer prompt goes alone.
+    A step decodes every running request, and takes in waiting ones while there is room and their prompts
+    together stay within ``prefill_tokens``: running requests wait for no more than that. A longer prompt
+    goes alone.
     """
 
     def __init__(self, max_batch: int, prefill_tokens: int = 512) -> None:

@@ -32,8 +32,9 @@ class Token:
     """One generated token.
 
     id            in the vocabulary
-    text          what became certain to be part of the answer: empty while a character is incomplete or may be the
-                  beginning of a stop text; later tokens bring it then. The texts joined are the answer
+    text          what became certain to be part of the answer: empty while a character is incomplete or
+                  may be the beginning of a stop text; later tokens bring it then. The texts joined are
+                  the answer
     piece         the token on its own; half a character shows as U+FFFD
     logprob       the model's log-probability for it in nats, None unless asked for
     top_logprobs  the likeliest tokens at this position, None unless asked for
@@ -50,8 +51,8 @@ class Token:
 class Completion:
     """A finished answer. ``tokens`` holds all that were generated, one that ended the text included.
 
-    finish_reason   stop: the model ended its text, or a stop text appeared; length: max_tokens or the context is
-                    used up; cancelled: the caller, or the engine's close(), ended it early
+    finish_reason   stop: the model ended its text, or a stop text appeared; length: max_tokens or the
+                    context is used up; cancelled: the caller, or the engine's close(), ended it early
     """
 
     text: str
@@ -117,7 +118,7 @@ class Channel:
                 self.cancelled = True
 
     def read(self, timeout: float | None = None) -> Token | None:
-        """The next token, waiting for it; None when there are no more. Raises what the request failed of."""
+        """The next token, waiting for it; None when there are no more. Raises the request's error."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._unread or self.finished, timeout):
                 raise TimeoutError(f"no token within {timeout} s")
@@ -176,9 +177,9 @@ class Stream:
         for token in stream: ...             async for token in stream: ...
         completion = stream.result()         completion = await stream.completed()
 
-    ``result`` gives the whole answer, also after some tokens were read. Leaving a ``with`` block, ``cancel()`` and
-    dropping the last reference all end the request and free what it holds. Reading, ``result`` and ``completed``
-    raise RequestFailed where the engine could not finish the request.
+    ``result`` gives the whole answer, also after some tokens were read. Leaving a ``with`` block,
+    ``cancel()`` and dropping the last reference all end the request and free what it holds. Reading,
+    ``result`` and ``completed`` raise RequestFailed where the engine could not finish the request.
     """
 
     def __init__(self, channel: Channel, cancel: Callable[[], None]) -> None:
