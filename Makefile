@@ -1,0 +1,50 @@
+# Two commands matter: `make lab` opens the course, `make test` tests it. Both set the environment up first.
+#   make lab ARGS=--no-browser       a server without a screen: prints the address to open
+#   make lab PYTHON=python3.12       another Python (3.11 to 3.13)
+#   make lab TORCH_BACKEND=cpu       the small PyTorch build, without CUDA
+# Syntax of GNU Make 3.81, which macOS ships.
+PYTHON ?= python3
+TORCH_BACKEND ?=
+ARGS ?=
+BIN = .venv/bin
+SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+TIERS = unit parity notebooks serving browser cluster bench
+
+.PHONY: help setup lab test check lint long test-long system-packages constraints clean
+.PHONY: $(TIERS:%=test-%)
+
+help:
+	@sed -n 's/^\([a-z$$(][^:=]*\):.*## /make \1: /p' Makefile
+
+setup: ## the environment in .venv, and the model in the cache
+	@$(PYTHON) tools/setup.py --torch-backend "$(TORCH_BACKEND)"
+
+lab: setup ## JupyterLab on your copy of the first notebook
+	@$(BIN)/python tools/lab.py $(ARGS)
+
+test: setup ## every tier that this machine can run; ARGS goes to pytest
+	@$(BIN)/python tests/run.py $(ARGS)
+
+$(TIERS:%=test-%): setup ## one tier
+	@$(BIN)/python tests/run.py $(@:test-%=%) $(ARGS)
+
+test-long: setup ## long fault and soak runs
+	@$(BIN)/python tests/run.py long $(ARGS)
+
+check: setup lint ## lint, types and the unit tests, in under two minutes
+	@$(BIN)/python tests/run.py unit $(ARGS)
+
+lint: setup ## style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+system-packages: ## what some tests need beyond Python, on Debian and Ubuntu
+	$(SUDO) apt-get install -y --no-install-recommends $$(cat tools/system-packages.txt)
+
+constraints: setup ## resolve the versions anew from pyproject.toml
+	.venv/uv/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header \
+	    --no-annotate --no-emit-index-url --no-emit-find-links --no-emit-package labkit -o constraints.txt
+
+clean: ## remove .venv; work/ and the cache stay
+	rm -rf .venv
