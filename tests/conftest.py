@@ -1,6 +1,8 @@
 """What every tier shares: parts of the machine that some tests need, and quiet surroundings.
 
-    @pytest.mark.needs("chromium")      # skipped with a remedy where it is missing, failed under LABKIT_TEST_ALL=1
+    @pytest.mark.needs("chromium")
+
+marks a test that is skipped, with a remedy, where that part is missing, and failed under LABKIT_TEST_ALL=1.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def everything_must_run() -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "needs(*parts): parts of the machine beyond Python; see tests/conftest.py")
+    config.addinivalue_line("markers", "needs(*parts): what the test needs beyond Python")
     os.environ["LABKIT_PROGRESS"] = "0"
     # A person's own choice of model or hub cache is not what the expected values were made with.
     for name in ("LABKIT_MODEL", "LABKIT_SHARED_CACHE", "RAY_ADDRESS"):

@@ -1,6 +1,8 @@
 """Run the tiers one after another, print each one's time, and close with what was skipped and why.
 
-    python tests/run.py [TIER ...] [PYTEST ARGUMENTS]      # no tier: all of them; `make test` and `make test-unit`
+    python tests/run.py [TIER ...] [PYTEST ARGUMENTS]
+
+without a tier runs them all; `make test` and `make test-unit` call it.
 
 Tiers without Ray run two files at a time. Whatever starts Ray runs alone, in a network namespace that has
 only the loopback interface, so that it neither finds nor disturbs another Ray.
@@ -22,7 +24,7 @@ import nbformat
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-TIERS = ("unit", "parity", "notebooks", "serving", "browser", "cluster", "bench")  # `make test`, in this order
+TIERS = ("unit", "parity", "notebooks", "serving", "browser", "cluster", "bench")
 LONG = "long"
 CELL_TIMEOUT = 180  # seconds; a first Ray cell takes 20 on a busy machine
 TEST_TIMEOUT = 900
@@ -96,7 +98,8 @@ def notebook_phases() -> list[Phase]:
         found.append(Phase("notebooks: nbval", quiet, (*nbval, *TWO_BY_TWO)))
     for path in notebooks:
         if starts_ray(path):
-            found.append(Phase(f"notebooks: nbval {path.stem}", (str(path.relative_to(ROOT)),), nbval, alone=True))
+            name = f"notebooks: nbval {path.stem}"
+            found.append(Phase(name, (str(path.relative_to(ROOT)),), nbval, alone=True))
     return found
 
 
@@ -118,15 +121,18 @@ def run(phase: Phase, arguments: list[str], scratch: Path) -> Outcome:
     outcome = read(results, status)
     outcome.seconds = time.monotonic() - began
     if phase.alone and not isolated:
-        outcome.skipped["running Ray in a network of its own: run as root, with iproute2 and util-linux installed"] += 1
+        outcome.skipped["no network of its own for Ray: run as root, after `make system-packages`"] += 1
         outcome.failed += os.environ.get("LABKIT_TEST_ALL") == "1"
-    print(f"----- {phase.name}: {outcome.passed} passed, {outcome.failed} failed, "
-          f"{outcome.skipped.total()} skipped in {outcome.seconds:.0f} s", flush=True)
+    print(
+        f"----- {phase.name}: {outcome.passed} passed, {outcome.failed} failed, "
+        f"{outcome.skipped.total()} skipped in {outcome.seconds:.0f} s",
+        flush=True,
+    )
     return outcome
 
 
 def private_network() -> list[str]:
-    """The command prefix for a network namespace with loopback only; empty where the machine allows none."""
+    """The command prefix for a network with loopback only; empty where the machine allows none."""
     rights = "-n" if os.geteuid() == 0 else "-rn"
     prefix = ["unshare", rights, "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
     try:
@@ -142,7 +148,11 @@ def environment(phase: Phase, scratch: Path) -> dict[str, str]:
     for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         own[name] = str(scratch / name.lower())
     merged = {**os.environ, **own}
-    for name in ("LABKIT_MODEL", "LABKIT_SHARED_CACHE", "RAY_ADDRESS"):  # the stored values were not made with these
+    for name in (
+        "LABKIT_MODEL",
+        "LABKIT_SHARED_CACHE",
+        "RAY_ADDRESS",
+    ):  # not what the stored values were made with
         merged.pop(name, None)
     if TWO_BY_TWO[0] in phase.options:
         merged.setdefault("OMP_NUM_THREADS", "1")
@@ -173,8 +183,10 @@ def report(outcomes: dict[str, Outcome]) -> int:
     print("\n===== all tiers =====")
     for tier, outcome in outcomes.items():
         nothing = "" if outcome.seconds else "   (no tests yet)"
-        print(f"{tier:10} {outcome.seconds:6.0f} s  {outcome.passed} passed, {outcome.failed} failed, "
-              f"{outcome.skipped.total()} skipped{nothing}")
+        print(
+            f"{tier:10} {outcome.seconds:6.0f} s  {outcome.passed} passed, {outcome.failed} failed, "
+            f"{outcome.skipped.total()} skipped{nothing}"
+        )
         total.add(outcome)
     for reason, count in sorted(total.skipped.items()):
         print(f"skipped {count} x {reason}")

@@ -1,6 +1,7 @@
-"""Open JupyterLab on the learner's own copies in work/notebooks. Run by `make lab`; arguments go to `jupyter lab`.
+"""Open JupyterLab on the learner's own copies in work/notebooks. Run by `make lab`.
 
-Jupyter's own files (what was open, its settings, run files) stay in work/.jupyter: nothing lands in the home folder.
+Arguments go to `jupyter lab`. Jupyter's own files (what was open, its settings, run files) stay in
+work/.jupyter: nothing lands in the home folder.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def main() -> None:
         "JUPYTER_RUNTIME_DIR": str(jupyter / "runtime"),
         "IPYTHONDIR": str(jupyter / "ipython"),
         **os.environ,
-        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",  # `labkit` in a cell or a terminal is this one
+        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",  # for `labkit` in a terminal
     }
     command = [
         str(binaries / "jupyter"),
