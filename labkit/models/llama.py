@@ -72,7 +72,9 @@ class GrowingCache:
 
     def expect(self, tokens: Tensor) -> GrowingCache:
         """Make room for the tokens (B, T) of the next pass; returns itself."""
-        self.positions = torch.arange(self.length, self.length + tokens.shape[1], device=tokens.device)[None]
+        self.positions = torch.arange(self.length, self.length + tokens.shape[1], device=tokens.device)[
+            None
+        ]
         self.length += tokens.shape[1]
         return self
 
@@ -210,7 +212,10 @@ class Body(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        empty = torch.empty(
+            config.vocab_size, config.hidden_size
+        )  # given, so that nothing draws random numbers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=empty)
         self.embed_tokens.requires_grad_(False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -241,7 +246,9 @@ class Llama(nn.Module):
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ValueError where the model came without one."""
         if self._tokenizer is None:
-            raise ValueError(f"model {self.name!r} came without a tokenizer.json; put one beside its config.json")
+            raise ValueError(
+                f"model {self.name!r} came without a tokenizer.json; put one beside its config.json"
+            )
         return self._tokenizer
 
     @property

@@ -54,7 +54,9 @@ def load(name: str | Path | None = None, *, seed: int | None = 0) -> Llama:
 def load_folder(folder: Path, name: str) -> Llama:
     """Load a folder in Hugging Face layout: ``config.json``, one or several ``*.safetensors``, ``tokenizer.json``."""
     if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder / 'config.json'} is missing; expected a model in Hugging Face layout")
+        raise FileNotFoundError(
+            f"{folder / 'config.json'} is missing; expected a model in Hugging Face layout"
+        )
     config = ModelConfig.from_file(folder / "config.json")
     eos_ids = config.eos_ids
     if (generation := folder / "generation_config.json").exists():
@@ -71,14 +73,15 @@ def build(
 
     Raises ValueError that names every tensor that is missing, left over, or has another shape than the config says.
     """
-    with torch.device("meta"):
-        model = Llama(config, tokenizer, name)
+    model = Llama(config, tokenizer, name)  # allocated but never written to, so it takes no memory
     expected = dict(model.state_dict())
     if config.tie_embeddings:
         expected.pop("lm_head.weight")
         tensors = {key: tensor for key, tensor in tensors.items() if key != "lm_head.weight"}
     tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("rotary_emb.inv_freq")}
-    problems = [f"missing {key}, expected shape {_shape(t)}" for key, t in expected.items() if key not in tensors]
+    problems = [
+        f"missing {key}, expected shape {_shape(t)}" for key, t in expected.items() if key not in tensors
+    ]
     problems += [f"left over {key}" for key in tensors if key not in expected]
     problems += [
         f"{key} has shape {_shape(tensor)}, expected {_shape(expected[key])}"
@@ -92,7 +95,9 @@ def build(
             + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
             + ". The download may be incomplete, or the config belongs to another model"
         )
-    model.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, strict=False, assign=True)
+    model.load_state_dict(
+        {key: tensor.float() for key, tensor in tensors.items()}, strict=False, assign=True
+    )
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -14,12 +15,18 @@ import jinja2.sandbox
 import tokenizers
 
 
+class ChatText(str):
+    """A conversation as the template writes it, which remembers its token ids: ``encode`` gives those back."""
+
+    ids: list[int]
+
+
 class Tokenizer:
     """A ``tokenizer.json`` with the chat template and special tokens that stand in the files beside it.
 
-    ``encode`` treats its text as a person's words: ``<|im_end|>`` written by a user is eight ordinary characters or
-    so, never the token that ends a message. Only ``chat_ids`` makes such tokens, where the template put them, and
-    ``encode(text, special=True)`` for a text that one has composed oneself.
+    ``encode`` treats its text as a person's words: ``<|im_end|>`` written by a user is ten ordinary characters, never
+    the token that ends a message. Such tokens come from ``encode(chat(messages))``, where the template put them and
+    nowhere else, and from ``encode(text, special=True)`` for a text that one has composed oneself.
     """
 
     def __init__(
@@ -97,8 +104,10 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of the text. With ``special``, special tokens written in it become those tokens.
 
-        Nothing is added in front or behind.
+        What ``chat`` returned gets the ids that belong to it. Nothing is added in front or behind.
         """
+        if isinstance(text, ChatText):
+            return list(text.ids)
         backend = self._backend if special else self._plain
         return backend.encode(text, add_special_tokens=False).ids
 
@@ -110,39 +119,121 @@ class Tokenizer:
         """A decoder for one text whose tokens come one by one."""
         return TokenStream(self, special)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the model's template writes it, to look at; ``chat_ids`` is what the model is fed.
+    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> ChatText:
+        """The conversation as the model's template writes it; ``encode`` it to feed the model.
 
-        messages: dicts with ``role`` and ``content``. Raises ValueError when the model has no template, or when the
-        template refuses the messages.
+        messages: dicts with ``role`` and ``content``. Special tokens come from the template alone: those that someone
+        wrote into a message are encoded as the characters they are.
+        Raises ValueError when the model has no template, or when the template refuses the messages.
         """
-        return self._render(messages, add_generation_prompt)
+        shielded, stand_ins = self._shield(messages)
+        rendered = self._render(shielded, add_generation_prompt)
+        text = ChatText(_replace(rendered, stand_ins))
+        if text == rendered:
+            text.ids = self.encode(rendered, special=True)
+            return text
+        text.ids = []
+        for piece in self._special_pattern.split(rendered):
+            if piece in self.special:
+                text.ids.append(self.special[piece])
+            elif piece:
+                text.ids += self.encode(_replace(piece, stand_ins))
+        return text
 
-    def chat_ids(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of the conversation. Special tokens come from the template alone, never from a content."""
-        safe: list[Mapping[str, Any]] = []
-        swapped: dict[str, str] = {}
-        for message in messages:
-            content = message.get("content")
-            safe.append({**message, "content": self._shield(content, swapped)} if isinstance(content, str) else message)
-        text = self._render(safe, add_generation_prompt)
-        if not swapped:
-            return self.encode(text, special=True)
-        return self._encode_shielded(text, swapped)
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self.special, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
-    def _shield(self, content: str, swapped: dict[str, str]) -> str:
-        # A special token in a message is given a stand-in of private-use characters before the template sees it.
-        raise NotImplementedError
+    def _shield(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[Any], dict[str, str]]:
+        """The messages with special tokens replaced by private-use characters that occur nowhere in them."""
+        if not self.special:
+            return list(messages), {}
+        taken = set(json.dumps(messages, ensure_ascii=False, default=str))
+        free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in taken)
+        stand_in = dict(zip(self.special, free, strict=False))
 
-    def _encode_shielded(self, text: str, swapped: dict[str, str]) -> list[int]:
-        raise NotImplementedError
+        def shield(value: Any) -> Any:
+            if isinstance(value, str):
+                return self._special_pattern.sub(lambda match: stand_in[match[0]], value)
+            if isinstance(value, Mapping):
+                return {key: shield(inner) for key, inner in value.items()}
+            return [shield(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+        return [shield(message) for message in messages], {char: token for token, char in stand_in.items()}
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        if self.chat_template is None:
+            raise ValueError(
+                "this model has no chat template; give it plain text, or use an instruct model"
+            )
+
+        def refuse(reason: str) -> None:
+            raise jinja2.TemplateError(reason)
+
+        # The settings and names that transformers gives chat templates, which are written against it.
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+            value, ensure_ascii=False, indent=indent
+        )
+        environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        return environment.from_string(self.chat_template)
 
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        raise NotImplementedError
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                bos_token=self.bos_token or "",
+                eos_token=self.eos_token or "",
+                tools=None,
+            )
+        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            raise ValueError(f"the model's chat template refuses these messages: {error}") from error
 
 
 class TokenStream:
-    pass
+    """Text from tokens that come one by one, whole characters only.
+
+    The pieces that ``push`` and ``finish`` return, joined, are what ``decode`` makes of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, special: bool) -> None:
+        self._tokenizer, self._special = tokenizer, special
+        self._ids: list[
+            int
+        ] = []  # the last token handed out, for its influence on the next, and those held back
+        self._handed_out = 0  # how many of them
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; empty while a character is not whole."""
+        self._ids.append(int(token))
+        text = self._new_text()
+        return "" if text.endswith("\ufffd") else self._hand_out(text)
+
+    def finish(self) -> str:
+        """What was held back, with U+FFFD for bytes that never became a character."""
+        return self._hand_out(self._new_text())
+
+    def _new_text(self) -> str:
+        decode = self._tokenizer.decode
+        before = decode(self._ids[: self._handed_out], special=self._special)
+        return decode(self._ids, special=self._special)[len(before) :]
+
+    def _hand_out(self, text: str) -> str:
+        self._ids = self._ids[self._handed_out :] or self._ids
+        self._handed_out = len(self._ids)
+        return text
+
+
+def _replace(text: str, stand_ins: Mapping[str, str]) -> str:
+    for stand_in, token in stand_ins.items():
+        text = text.replace(stand_in, token)
+    return text
 
 
 def _content(token: Any) -> str | None:
