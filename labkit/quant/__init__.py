@@ -2,27 +2,40 @@
 
 from labkit.quant.blocks import Blocks
 from labkit.quant.encode import encode, fake_quantize
+from labkit.quant.error import hessian_error, mse, sqnr_db
 from labkit.quant.fit import fit, params_for
 from labkit.quant.formats import round_to_format, values_of
+from labkit.quant.gptq import GPTQWarning, gptq
 from labkit.quant.grid import Grid, grid
+from labkit.quant.methods import METHODS
 from labkit.quant.observers import OBSERVERS, Observer
+from labkit.quant.rtn import rtn
 from labkit.quant.spec import QuantSpec
+from labkit.quant.stats import Stats
 from labkit.quant.tensor import Packed, Params, QuantizedTensor
 
 __all__ = [
+    "METHODS",
     "OBSERVERS",
     "Blocks",
+    "GPTQWarning",
     "Grid",
     "Observer",
     "Packed",
     "Params",
     "QuantSpec",
     "QuantizedTensor",
+    "Stats",
     "encode",
     "fake_quantize",
     "fit",
+    "gptq",
     "grid",
+    "hessian_error",
+    "mse",
     "params_for",
     "round_to_format",
+    "rtn",
+    "sqnr_db",
     "values_of",
 ]

@@ -1,0 +1,71 @@
+"""How far a quantized tensor lies from the original: three numbers, each a plain formula, summed in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from labkit.quant.tensor import QuantizedTensor
+
+
+def mse(original: Tensor, quantized: Tensor | QuantizedTensor) -> float:
+    """The mean squared error: ``mean((x - q)^2)``, in the square of x's unit.
+
+    ``original`` and ``quantized`` have the same shape. Raises ValueError when they do not, or when they are
+    empty (a mean over nothing has no value).
+    """
+    x, q = _pair(original, quantized)
+    if x.numel() == 0:
+        raise ValueError(f"mse is a mean over elements; found none, shape {tuple(x.shape)}")
+    return (x - q).square().mean().item()
+
+
+def sqnr_db(original: Tensor, quantized: Tensor | QuantizedTensor) -> float:
+    """The signal-to-quantization-noise ratio in decibels: ``10 log10( sum x^2 / sum (x - q)^2 )``.
+
+    ``original`` and ``quantized`` have the same shape. An exact copy has ``inf``; noise on an all-zero signal
+    has ``-inf``. One bit more is worth 20 log10(2) = 6.02 dB while rounding, not clipping, makes the noise
+    (Bennett 1948). Raises ValueError when the shapes differ.
+    """
+    x, q = _pair(original, quantized)
+    signal, noise = x.square().sum().item(), (x - q).square().sum().item()
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def hessian_error(weight: Tensor, quantized: Tensor | QuantizedTensor, hessian: Tensor) -> float:
+    """The relative squared error of a linear layer's output on its calibration inputs: the score GPTQ lowers.
+
+    ``tr((W - Q) H (W - Q)^T) / tr(W H W^T)``, which for ``H = X X^T`` is ``|(W - Q) X|^2 / |W X|^2``
+    (Frantar et al. 2022, GPTQ, equation 1, made relative). No unit; 0 is exact, and a factor on H has no effect.
+
+    weight, quantized: (out_features, in_features)
+    hessian: (in_features, in_features), without damping: damping helps the search, but is no part of the score
+
+    Raises ValueError when the shapes do not fit together.
+    """
+    w, q = _pair(weight, quantized)
+    if w.ndim != 2 or hessian.shape != (w.shape[1], w.shape[1]):
+        raise ValueError(
+            f"expected a weight (out, in) and a hessian (in, in); found {tuple(w.shape)} and {tuple(hessian.shape)}"
+        )
+    h = hessian.double()
+    error, whole = (((m @ h) * m).sum().item() for m in (w - q, w))
+    if error == 0:
+        return 0.0
+    return error / whole if whole > 0 else math.inf
+
+
+def _pair(original: Tensor, quantized: Tensor | QuantizedTensor) -> tuple[Tensor, Tensor]:
+    if not isinstance(quantized, Tensor):
+        quantized = quantized.dequantize(torch.float32)
+    if original.shape != quantized.shape:
+        raise ValueError(
+            f"expected two tensors of one shape; found {tuple(original.shape)} and {tuple(quantized.shape)}"
+        )
+    return original.double(), quantized.double()

@@ -1,0 +1,13 @@
+"""The methods by name, as recipes call them. A new method is one file and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from labkit.quant.gptq import gptq
+from labkit.quant.rtn import rtn
+from labkit.quant.tensor import QuantizedTensor
+
+# method(weight, spec, stats=None, **options); method.needs names the fields of Stats that it cannot do without.
+Method = Callable[..., QuantizedTensor]
+METHODS: dict[str, Method] = {"rtn": rtn, "gptq": gptq}

@@ -1,0 +1,43 @@
+"""Stats: what calibration has seen of a layer's inputs, and all that a method may know of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Stats:
+    """The second moments of a linear layer's inputs.
+
+    hessian   (in_features, in_features), symmetric: the mean of x x^T over the samples. GPTQ's paper has 2 X X^T;
+              a factor has no effect on what it rounds to
+    samples   how many inputs (tokens) were seen
+    """
+
+    hessian: Tensor
+    samples: int
+
+    @classmethod
+    def empty(cls, in_features: int, dtype: torch.dtype = torch.float32) -> Stats:
+        """Nothing seen yet."""
+        return cls(torch.zeros(in_features, in_features, dtype=dtype), 0)
+
+    @classmethod
+    def of(cls, inputs: Tensor) -> Stats:
+        """The stats of ``inputs`` (..., in_features), in float64 where the inputs are, else in float32."""
+        dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+        stats = cls.empty(inputs.shape[-1], dtype)
+        stats.add(inputs)
+        return stats
+
+    def add(self, inputs: Tensor) -> None:
+        """See ``inputs`` (..., in_features) too. The order and the size of the batches have no effect but rounding."""
+        x = inputs.detach().reshape(-1, inputs.shape[-1]).to(self.hessian.dtype)  # (samples, in_features)
+        if len(x) == 0:
+            return
+        self.samples += len(x)
+        self.hessian *= 1 - len(x) / self.samples
+        self.hessian.addmm_(x.T, x, alpha=1 / self.samples)
