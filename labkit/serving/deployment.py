@@ -1,0 +1,64 @@
+"""What is to be served, as plain data: the same object runs on local Ray and is rendered for Kubernetes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Deployment(BaseModel):
+    """One model behind one name. JSON there and back: ``model_dump_json()`` and ``Deployment.model_validate_json()``.
+
+    checkpoint  what ``labkit.models.load`` takes: a folder, a name, ``org/name``
+    name        what a request says in ``model``; default: the folder's or the model's last name
+    replicas    engines, each with the whole model
+    threads     CPU threads, and cores reserved, for each replica; None = the machine's cores shared out among them
+    max_batch   requests that one engine runs at once
+    max_len     tokens that prompt and answer may have together
+    engine      "labkit": this project's own
+    seed        the off-grid factors of the bundled model; a checkpoint made by ``labkit quantize`` carries its own
+
+    Raises pydantic's ValidationError, which is a ValueError, for a field that does not exist or a value out of range.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpoint: str
+    name: str = Field("", pattern=r"^[A-Za-z0-9._/-]*$")
+    replicas: int = Field(1, ge=1)
+    threads: int | None = Field(None, ge=1)
+    max_batch: int = Field(8, ge=1)
+    max_len: int = Field(2048, ge=2)
+    engine: Literal["labkit"] = "labkit"
+    seed: int | None = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_from_checkpoint(cls, fields: object) -> object:
+        if isinstance(fields, dict):
+            fields = dict(fields)
+            if isinstance(fields.get("checkpoint"), Path):
+                fields["checkpoint"] = str(fields["checkpoint"])
+            if not fields.get("name") and isinstance(fields.get("checkpoint"), str):
+                fields["name"] = Path(fields["checkpoint"]).expanduser().name
+        return fields
+
+    def check(self) -> None:
+        """See that the checkpoint is here, before anything slow is started.
+
+        Raises FileNotFoundError that says what is missing. Names of the lab and of a hub are left to ``load``.
+        """
+        path = Path(self.checkpoint).expanduser()
+        if path.is_dir():
+            if not (path / "config.json").exists():
+                raise FileNotFoundError(
+                    f"{path} has no config.json: expected a checkpoint made by `labkit quantize --out {path}` or a "
+                    "model in Hugging Face layout"
+                )
+        elif path.exists() or path.is_absolute() or self.checkpoint.startswith((".", "~")):
+            raise FileNotFoundError(
+                f"checkpoint {self.checkpoint!r} is not a folder; make one with `labkit quantize --out "
+                f"{self.checkpoint}`, or give the name of a model (`labkit models list`)"
+            )
