@@ -1,0 +1,5 @@
+"""The matrix product with a quantized weight: one dispatch, an exact reference, and the fast paths."""
+
+from labkit.kernels.dispatch import BACKENDS, Prepared, backends, linear, prepare
+
+__all__ = ["BACKENDS", "Prepared", "backends", "linear", "prepare"]

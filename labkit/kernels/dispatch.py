@@ -1,0 +1,65 @@
+"""Which kernel multiplies by a quantized weight. A new kernel is one file and one line in BACKENDS."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Size, Tensor
+
+from labkit.kernels.int4_cpu import Int4Cpu
+from labkit.kernels.reference import Reference
+from labkit.quant import QuantizedTensor
+
+
+class Prepared(Protocol):
+    """A weight (out_features, in_features) laid out for one backend.
+
+    Called with ``x`` (..., in_features) and an optional ``bias`` (out_features,) it gives ``x @ weight.T + bias``,
+    shape (..., out_features), in the dtype of ``x``. ``nbytes`` is what it holds in memory.
+    """
+
+    backend: str
+    shape: Size
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+
+# In order of preference; the reference takes everything and stands last.
+BACKENDS: dict[str, type[Int4Cpu] | type[Reference]] = {"int4_cpu": Int4Cpu, "reference": Reference}
+
+
+def backends(weight: QuantizedTensor) -> dict[str, str | None]:
+    """Every backend's name, with None where it takes ``weight`` and else the reason why not."""
+    return {name: kind.why_not(weight) for name, kind in BACKENDS.items()}
+
+
+def prepare(weight: QuantizedTensor, backend: str = "auto") -> Prepared:
+    """``weight`` (out_features, in_features) laid out once for many products.
+
+    ``backend`` is a name from BACKENDS; "auto" takes the first that can. Raises ValueError where the named one cannot.
+    """
+    if weight.codes.dim() != 2:
+        raise ValueError(
+            f"expected a weight (out_features, in_features), found shape {tuple(weight.shape)}"
+        )
+    if backend == "auto":
+        backend = next(name for name, reason in backends(weight).items() if reason is None)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, found {backend!r}")
+    reason = BACKENDS[backend].why_not(weight)
+    if reason is not None:
+        raise ValueError(
+            f"{backend} cannot take {weight!r}: {reason}; backend='auto' falls back to the reference"
+        )
+    return BACKENDS[backend](weight)
+
+
+def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` by the best backend: x (..., in_features) to (..., out_features), dtype of ``x``.
+
+    Prepares the weight each time: keep ``prepare(weight)`` where it is used more than once.
+    """
+    return prepare(weight)(x, bias)

@@ -1,0 +1,31 @@
+"""The reference: dequantize, then an ordinary float32 product. Every other backend is measured against it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from labkit.quant import QuantizedTensor
+
+
+class Reference:
+    """Holds the dequantized weight in float32, so it saves no memory: it is for being right, for any spec."""
+
+    backend = "reference"
+
+    @staticmethod
+    def why_not(weight: QuantizedTensor) -> str | None:
+        """None: it takes every weight."""
+        return None
+
+    def __init__(self, weight: QuantizedTensor):
+        self.shape = weight.shape
+        self._weight = weight.dequantize()  # (out, in)
+
+    @property
+    def nbytes(self) -> int:
+        return self._weight.nbytes
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        bias = None if bias is None else bias.float()
+        return torch.nn.functional.linear(x.float(), self._weight, bias).to(x.dtype)
