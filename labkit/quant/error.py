@@ -1,4 +1,4 @@
-"""How far a quantized tensor lies from the original: three numbers, each a plain formula, summed in float64."""
+"""How far a quantized tensor lies from the original: three formulas, summed in float64."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def mse(original: Tensor, quantized: Tensor | QuantizedTensor) -> float:
 def sqnr_db(original: Tensor, quantized: Tensor | QuantizedTensor) -> float:
     """The signal-to-quantization-noise ratio in decibels: ``10 log10( sum x^2 / sum (x - q)^2 )``.
 
-    ``original`` and ``quantized`` have the same shape. An exact copy has ``inf``; noise on an all-zero signal
-    has ``-inf``. One bit more is worth 20 log10(2) = 6.02 dB while rounding, not clipping, makes the noise
-    (Bennett 1948). Raises ValueError when the shapes differ.
+    ``original`` and ``quantized`` have the same shape. An exact copy has ``inf``; noise on an all-zero
+    signal has ``-inf``. One bit more is worth 20 log10(2) = 6.02 dB, as long as rounding and not clipping
+    makes the noise (Bennett 1948). Raises ValueError when the shapes differ.
     """
     x, q = _pair(original, quantized)
     signal, noise = x.square().sum().item(), (x - q).square().sum().item()
@@ -39,20 +39,22 @@ def sqnr_db(original: Tensor, quantized: Tensor | QuantizedTensor) -> float:
 
 
 def hessian_error(weight: Tensor, quantized: Tensor | QuantizedTensor, hessian: Tensor) -> float:
-    """The relative squared error of a linear layer's output on its calibration inputs: the score GPTQ lowers.
+    """The relative squared error of a linear layer's output on its calibration inputs: what GPTQ lowers.
 
     ``tr((W - Q) H (W - Q)^T) / tr(W H W^T)``, which for ``H = X X^T`` is ``|(W - Q) X|^2 / |W X|^2``
-    (Frantar et al. 2022, GPTQ, equation 1, made relative). No unit; 0 is exact, and a factor on H has no effect.
+    (Frantar et al. 2022, arXiv 2210.17323, equation 1, made relative). No unit; 0 is exact; a factor on H
+    has no effect.
 
     weight, quantized: (out_features, in_features)
-    hessian: (in_features, in_features), without damping: damping helps the search, but is no part of the score
+    hessian: (in_features, in_features), without damping, which helps the search but is no part of the score
 
     Raises ValueError when the shapes do not fit together.
     """
     w, q = _pair(weight, quantized)
     if w.ndim != 2 or hessian.shape != (w.shape[1], w.shape[1]):
         raise ValueError(
-            f"expected a weight (out, in) and a hessian (in, in); found {tuple(w.shape)} and {tuple(hessian.shape)}"
+            f"expected a weight (out, in) and a hessian (in, in); "
+            f"found {tuple(w.shape)} and {tuple(hessian.shape)}"
         )
     h = hessian.double()
     error, whole = (((m @ h) * m).sum().item() for m in (w - q, w))

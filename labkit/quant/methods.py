@@ -8,6 +8,6 @@ from labkit.quant.gptq import gptq
 from labkit.quant.rtn import rtn
 from labkit.quant.tensor import QuantizedTensor
 
-# method(weight, spec, stats=None, **options); method.needs names the fields of Stats that it cannot do without.
+# method(weight, spec, stats=None, **options); method.needs names the fields of Stats it cannot do without
 Method = Callable[..., QuantizedTensor]
 METHODS: dict[str, Method] = {"rtn": rtn, "gptq": gptq}

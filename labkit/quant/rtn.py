@@ -15,9 +15,9 @@ from labkit.quant.tensor import QuantizedTensor
 def rtn(
     weight: Tensor, spec: QuantSpec, stats: Stats | None = None, *, observer: str | Observer = "minmax"
 ) -> QuantizedTensor:
-    """``weight`` (out_features, in_features) on the grid of ``spec``; ``observer`` chooses each block's range.
+    """``weight`` (out_features, in_features) on the grid of ``spec``, each number to its nearest point.
 
-    Looks at no inputs: ``stats`` is there because every method is called alike.
+    ``observer`` chooses each block's range. ``stats`` is not used: every method is called alike.
     """
     return encode(weight, spec, fit(weight, spec, observer))
 

@@ -12,8 +12,8 @@ from torch import Tensor
 class Stats:
     """The second moments of a linear layer's inputs.
 
-    hessian   (in_features, in_features), symmetric: the mean of x x^T over the samples. GPTQ's paper has 2 X X^T;
-              a factor has no effect on what it rounds to
+    hessian   (in_features, in_features), symmetric: the mean of x x^T over the samples, or their sum.
+              GPTQ's paper has 2 X X^T; no method's result depends on the factor
     samples   how many inputs (tokens) were seen
     """
 
@@ -34,7 +34,7 @@ class Stats:
         return stats
 
     def add(self, inputs: Tensor) -> None:
-        """See ``inputs`` (..., in_features) too. The order and the size of the batches have no effect but rounding."""
+        """See ``inputs`` (..., in_features) too; how they are cut into batches only affects rounding."""
         x = inputs.detach().reshape(-1, inputs.shape[-1]).to(self.hessian.dtype)  # (samples, in_features)
         if len(x) == 0:
             return
