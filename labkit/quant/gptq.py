@@ -51,7 +51,8 @@ def gptq(
     stats          its ``hessian`` (in_features, in_features) says which inputs X there are
     damp           this much of the mean of H's diagonal is added to the diagonal
     block_size     columns finished before the rest of W hears of their errors: it makes GPTQ fast and
-                   changes nothing else. Raised to a multiple of the group where groups are fitted on the way
+                   changes nothing else. Raised to a multiple of the group where groups are fitted on
+                   the way
     act_order      take the columns in descending order of H's diagonal. Groups fitted on the way are then
                    neighbours in that order, and the result's ``g_idx`` names the group of each column
     static_groups  fit every scale on the weights as they came, instead of each group's when its turn comes,
@@ -108,9 +109,10 @@ def gptq(
             _update_right(W[:, j + 1 : i2], Err[:, j - i1], U[j, j + 1 : i2], update)
         W[:, i2:] -= Err @ U[i1:i2, i2:]
 
+    # W lies on the grid now, so encode only names its codes.
     if static:
-        return encode(W[:, back], spec, fitted[0])  # W lies on the grid now, so this only names its codes
-    tensor = encode(W, spec, _side_by_side(fitted))
+        return encode(W[:, back].contiguous(), spec, fitted[0])
+    tensor = encode(W.contiguous(), spec, _side_by_side(fitted))
     if not act_order:
         return tensor
     return replace(tensor, codes=tensor.codes[:, back].contiguous(), g_idx=(back // group).int())
