@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import typer
 
+from labkit.course.commands import app as course
+
 app = typer.Typer(
     name="labkit",
     help="From a bit pattern to a quantized language model behind an endpoint.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(course, name="course")
 
 
 @app.callback()

@@ -20,6 +20,7 @@ class Settings:
     shared_cache  LABKIT_SHARED_CACHE: a read-only cache that is looked up first (a hub's), or None
     offline       LABKIT_OFFLINE: never ask the network
     progress      LABKIT_PROGRESS: progress bars; 0 switches them off
+    work          LABKIT_WORK: the learner's folder, where it is not ``work/`` of the checkout (a hub), or None
     """
 
     model: str
@@ -27,6 +28,7 @@ class Settings:
     shared_cache: Path | None
     offline: bool
     progress: bool
+    work: Path | None = None
 
 
 def settings() -> Settings:
@@ -41,6 +43,7 @@ def settings() -> Settings:
         shared_cache=Path(shared) if shared else None,
         offline=_switch("LABKIT_OFFLINE", default=False),
         progress=_switch("LABKIT_PROGRESS", default=True),
+        work=Path(os.environ["LABKIT_WORK"]) if os.environ.get("LABKIT_WORK") else None,
     )
 
 
