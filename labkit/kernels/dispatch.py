@@ -14,8 +14,9 @@ from labkit.quant import QuantizedTensor
 class Prepared(Protocol):
     """A weight (out_features, in_features) laid out for one backend.
 
-    Called with ``x`` (..., in_features) and an optional ``bias`` (out_features,) it gives ``x @ weight.T + bias``,
-    shape (..., out_features), in the dtype of ``x``. ``nbytes`` is what it holds in memory.
+    Called with ``x`` (..., in_features) and an optional ``bias`` (out_features,) it gives
+    ``x @ weight.T + bias``, shape (..., out_features), in the dtype of ``x``. ``nbytes`` is what it holds
+    in memory.
     """
 
     backend: str
@@ -39,7 +40,8 @@ def backends(weight: QuantizedTensor) -> dict[str, str | None]:
 def prepare(weight: QuantizedTensor, backend: str = "auto") -> Prepared:
     """``weight`` (out_features, in_features) laid out once for many products.
 
-    ``backend`` is a name from BACKENDS; "auto" takes the first that can. Raises ValueError where the named one cannot.
+    ``backend`` is a name from BACKENDS; "auto" takes the first that can. Raises ValueError where the named
+    one cannot.
     """
     if weight.codes.dim() != 2:
         raise ValueError(
@@ -58,7 +60,7 @@ def prepare(weight: QuantizedTensor, backend: str = "auto") -> Prepared:
 
 
 def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` by the best backend: x (..., in_features) to (..., out_features), dtype of ``x``.
+    """``x @ weight.T + bias`` by the best backend: (..., in_features) to (..., out_features), dtype of x.
 
     Prepares the weight each time: keep ``prepare(weight)`` where it is used more than once.
     """

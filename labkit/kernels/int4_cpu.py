@@ -1,7 +1,8 @@
 """int4 weights on the CPU with torch's own kernel: reads 4 bits per weight and multiplies in bfloat16.
 
-Activations, scales and sums of zero points are rounded to bfloat16 (8 bits of precision), so the output differs from
-the reference by up to TOLERANCE of its norm. Worth it where reading the weights is what takes the time: few rows.
+Activations, scales and sums of zero points are rounded to bfloat16 (8 bits of precision), so the output
+differs from the reference by up to TOLERANCE of its norm. Worth it where reading the weights is what takes
+the time: few rows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _ROWS = 16  # the kernel wants output features in multiples of this
 class Int4Cpu:
     """A weight in the kernel's own layout: codes two to a byte, a bfloat16 scale and offset per group.
 
-    Takes int4 on any block of whole rows' parts that 32, 64, 128 or 256 divides, symmetric or affine. Act-order is
+    Takes int4, symmetric or affine, on blocks whose width 32, 64, 128 or 256 divides. Act-order is
     undone by reordering the columns of the weight here, and those of ``x`` in each call.
     """
 

@@ -1,4 +1,4 @@
-"""The reference: dequantize, then an ordinary float32 product. Every other backend is measured against it."""
+"""The reference: dequantize, then an ordinary float32 product. Other backends are measured against it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from labkit.quant import QuantizedTensor
 
 
 class Reference:
-    """Holds the dequantized weight in float32, so it saves no memory: it is for being right, for any spec."""
+    """Holds the dequantized weight in float32: saves no memory, takes any spec, is right."""
 
     backend = "reference"
 

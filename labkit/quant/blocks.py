@@ -17,9 +17,9 @@ from labkit.quant.spec import Block
 class Blocks:
     """How ``block`` cuts a tensor of ``shape``.
 
-    A tensor of any rank is seen as a matrix: leading axes together are the rows, the last is the columns; a vector is
-    one row. ``grid`` is the shape of the scales: (row blocks, column blocks), or (n_blocks,) for flat runs. The last
-    block of an axis may be smaller.
+    A tensor of any rank is seen as a matrix: leading axes together are the rows, the last is the columns; a
+    vector is one row. ``grid`` is the shape of the scales: (row blocks, column blocks), or (n_blocks,) for
+    flat runs. The last block of an axis may be smaller.
     """
 
     shape: tuple[int, ...]
@@ -49,9 +49,10 @@ class Blocks:
         return counts[1:] if isinstance(self.block, int) else counts
 
     def regions(self, x: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
-        """Every set of blocks of equal size: (where they lie in the grid seen as a matrix, (n_blocks, block_size)).
+        """Every set of blocks of equal size: (where they lie in the grid, (n_blocks, block_size)).
 
-        Full blocks come first, then the smaller ones at the right and lower edge.
+        The grid is seen as a matrix here, one row for flat runs. Full blocks come first, then the smaller
+        ones at the right and lower edge.
         """
         x = x.reshape(self.matrix)
         for rows in _runs(self.matrix[0], self.size[0]):
@@ -63,7 +64,7 @@ class Blocks:
                 yield (slice(r0, r0 + nr), slice(c0, c0 + nc)), blocks
 
     def spread(self, values: Tensor, g_idx: Tensor | None = None) -> Tensor:
-        """One value per block (shape ``grid``) to one per element: broadcasts against a tensor seen as ``matrix``.
+        """One value per block (shape ``grid``) to one per element, to broadcast against ``matrix``.
 
         ``g_idx`` (columns,) names the column block of every column, where act-order has scattered them.
         """
@@ -78,7 +79,7 @@ class Blocks:
 
 
 def _runs(n: int, size: int) -> list[tuple[int, int, int]]:
-    """(first block, how many, their size) for the full blocks of an axis of ``n`` and for the ragged last one."""
+    """(first block, count, size) for the full blocks of an axis of ``n`` and for the ragged last one."""
     full, rest = divmod(n, size)
     return [run for run in ((0, full, size), (full, 1, rest)) if run[1] and run[2]]
 

@@ -14,8 +14,9 @@ from labkit.quant.tensor import Params, QuantizedTensor
 def encode(x: Tensor, spec: QuantSpec, params: Params) -> QuantizedTensor:
     """The codes of ``x`` on the grid of ``spec`` and ``params``.
 
-    The scales are rounded to their stored dtype first, so that the codes are the best ones for the scales that will be
-    used. Raises ValueError for NaN or infinity and for scales of another shape than the blocks'.
+    The scales are rounded to their stored dtype first, so that the codes are the best ones for the scales
+    that will be used. Raises ValueError for NaN or infinity and for scales of another shape than the
+    blocks'.
     """
     check_finite(x)
     x = working(x)
@@ -31,9 +32,9 @@ def encode(x: Tensor, spec: QuantSpec, params: Params) -> QuantizedTensor:
 def fake_quantize(x: Tensor, spec: QuantSpec, params: Params) -> Tensor:
     """``x`` rounded to the grid and back, same shape and dtype, with the straight-through gradient.
 
-    The gradient of ``x`` is that of the output where ``x`` lies on the grid's range, and 0 where it is clipped. A plain
-    ``params.scale`` that requires a gradient gets LSQ's. ``params`` are used as they are, not rounded: those
-    of ``fit`` give exactly ``encode(x, spec, params).dequantize()``.
+    The gradient of ``x`` is that of the output where ``x`` lies on the grid's range, and 0 where it is
+    clipped. A plain ``params.scale`` that requires a gradient gets LSQ's. ``params`` are used as they are,
+    not rounded: those of ``fit`` give exactly ``encode(x, spec, params).dequantize()``.
     """
     blocks = Blocks(tuple(x.shape), spec.block)
     _check_shapes(params, blocks, spec)
@@ -45,7 +46,7 @@ def fake_quantize(x: Tensor, spec: QuantSpec, params: Params) -> Tensor:
 
 
 def stored(params: Params, spec: QuantSpec) -> Params:
-    """``params`` with scale and zero point as ``spec`` stores them; those of ``fit`` come back unchanged."""
+    """``params`` with scale and zero point as ``spec`` stores them; those of ``fit`` stay as they are."""
     scale = params.scale
     if isinstance(scale, Tensor):
         scale = store_scale(scale, spec)
@@ -58,12 +59,14 @@ def stored(params: Params, spec: QuantSpec) -> Params:
 def _check_shapes(params: Params, blocks: Blocks, spec: QuantSpec) -> None:
     if tuple(params.scale.shape) != blocks.grid:
         raise ValueError(
-            f"{spec} of a tensor {blocks.shape} needs scales of shape {blocks.grid}, found {tuple(params.scale.shape)}"
+            f"{spec} of a tensor {blocks.shape} needs scales of shape {blocks.grid}, "
+            f"found {tuple(params.scale.shape)}"
         )
     if (params.zero is None) != (spec.zero == "none"):
         wanted = "no zero points" if spec.zero == "none" else "zero points"
         raise ValueError(f"{spec} takes {wanted}, found {'none' if params.zero is None else 'some'}")
     if params.zero is not None and tuple(params.zero.shape) != blocks.grid:
         raise ValueError(
-            f"zero points must have the shape of the scales, {blocks.grid}, found {tuple(params.zero.shape)}"
+            f"zero points must have the shape of the scales, {blocks.grid}, "
+            f"found {tuple(params.zero.shape)}"
         )

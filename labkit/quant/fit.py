@@ -20,9 +20,9 @@ def fit(
 ) -> Params:
     """Scales and zero points for ``x`` of any shape, one per block, rounded to their stored dtype.
 
-    ``observer`` chooses each block's range: a name from OBSERVERS or a function of that kind. ``weight`` is the
-    importance of each element, same shape as ``x`` or (columns,). An empty tensor gives an empty grid of scales.
-    Raises ValueError for NaN or infinity, and where a scale is too large for its dtype.
+    ``observer`` chooses each block's range: a name from OBSERVERS or a function of that kind. ``weight`` is
+    the importance of each element, same shape as ``x`` or (columns,). An empty tensor gives an empty grid
+    of scales. Raises ValueError for NaN or infinity, and where a scale is too large for its dtype.
     """
     check_finite(x)
     if spec.format == "table4":
@@ -43,7 +43,7 @@ def fit(
 
 
 def params_for(lo: Tensor, hi: Tensor, spec: QuantSpec) -> Params:
-    """Scale and zero point of the blocks that range from ``lo`` to ``hi`` (both in the shape of the scales).
+    """Scale and zero point of blocks that range from ``lo`` to ``hi``, both in the shape of the scales.
 
     Raises ValueError where a scale or zero point is too large for its stored dtype.
     """
@@ -79,7 +79,7 @@ def store_scale(scale: Tensor, spec: QuantSpec) -> Tensor | QuantizedTensor:
 
 
 def store_zero(zero: Tensor | None, spec: QuantSpec) -> Tensor | None:
-    """Zero points as ``spec`` stores them: uint8 codes, or reals in the dtype of the scales (fp16 if that is a spec)."""
+    """Zero points as ``spec`` stores them: uint8 codes, or reals in fp32, bf16 or fp16 as the scales."""
     if zero is None or spec.zero == "none":
         return None
     if spec.zero == "int":

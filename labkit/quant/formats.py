@@ -1,8 +1,8 @@
 """The number formats: which values a few bits can stand for, and how a number is rounded to them.
 
 Every format is a table of values in units of the scale. Integers are evenly spaced; floats are a sign, an
-exponent and a mantissa; ``nf4`` is sixteen quantiles of the normal distribution. Sources: OCP 8-bit Floating
-Point Specification 1.0 (fp8_e4m3, fp8_e5m2), OCP Microscaling Formats 1.0 (fp6, fp4, e8m0), QLoRA
+exponent and a mantissa; ``nf4`` is sixteen quantiles of the normal distribution. Sources: OCP 8-bit
+Floating Point Specification 1.0 (fp8_e4m3, fp8_e5m2), OCP Microscaling Formats 1.0 (fp6, fp4, e8m0), QLoRA
 (arXiv 2305.14314, nf4).
 """
 
@@ -38,7 +38,7 @@ NF4 = (
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """A small float: 1 sign bit, ``exponent`` bits, ``mantissa`` bits; ``largest`` is its largest finite value."""
+    """A float: a sign bit, ``exponent`` bits, ``mantissa`` bits; ``largest`` is its largest value."""
 
     exponent: int
     mantissa: int
@@ -134,8 +134,8 @@ def round_to_format(x: Tensor, name: str) -> Tensor:
     """The nearest value of the format for every element of ``x``, same shape; ties go to the even code.
 
     Beyond the largest value it saturates, as the OCP conversions do; NaN stays NaN. ``name`` is a float
-    format, ``nf4`` (ties go to the lower value, as in bitsandbytes) or ``e8m0`` (positive numbers; in the log domain).
-    Computes in float32, or float64 where ``x`` is float64.
+    format, ``nf4`` (ties go to the lower value, as in bitsandbytes) or ``e8m0`` (positive numbers; in the
+    log domain). Computes in float32, or float64 where ``x`` is float64.
     """
     x = x if x.dtype == torch.float64 else x.float()
     if name == "e8m0":
@@ -161,5 +161,5 @@ def float_codes(values: Tensor, name: str) -> Tensor:
 
 
 def nearest(x: Tensor, table: Tensor) -> Tensor:
-    """Index (int64, shape of ``x``) of the nearest entry of the ascending ``table``; ties go to the lower one."""
+    """Index (int64, shape of ``x``) of the nearest entry of an ascending table; ties go to the lower."""
     return torch.bucketize(x, (table[:-1] + table[1:]) / 2)

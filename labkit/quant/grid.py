@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,9 @@ from labkit.quant.spec import QuantSpec
 class Grid:
     """The codes of ``spec``. Scales and zero points are plain floats that broadcast against the numbers.
 
-    A number is ``(code - zero) * scale`` for integers and ``table[code] * scale`` for the other formats. Works in the
-    dtype that the arguments promote to (float32 or float64). ``table`` is the learned codebook of table4.
+    A number is ``(code - zero) * scale`` for integers and ``table[code] * scale`` for the other formats.
+    Works in the dtype that the arguments promote to (float32 or float64). ``table`` is the learned codebook
+    of table4.
     """
 
     def __init__(self, spec: QuantSpec, table: Tensor | None = None):
@@ -27,7 +30,7 @@ class Grid:
             self.values = formats.values_of(spec.format)
 
     def quantize(self, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-        """The codes of ``x`` (int8 for symmetric integers, else uint8): round half to even, clamp to the code range.
+        """The codes of ``x``, int8 for symmetric integers, else uint8: round half to even, clamp.
 
         Where the scale is 0 the code is that of the number 0.
         """
@@ -47,10 +50,10 @@ class Grid:
         return (numbers if zero is None else numbers - zero) * scale
 
     def round(self, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-        """``dequantize(quantize(x))``, with the straight-through gradient for ``x``, ``scale`` and ``zero``.
+        """``dequantize(quantize(x))``, with the straight-through gradient for x, scale and zero.
 
-        Rounding counts as the identity and clamping as what it is, so nothing flows to an ``x`` outside the range
-        and ``scale`` gets LSQ's gradient (arXiv 1902.08153).
+        Rounding counts as the identity and clamping as what it is, so nothing flows to an ``x`` outside the
+        range and ``scale`` gets LSQ's gradient (arXiv 1902.08153).
         """
         if self.values is None:
             numbers = self._integers(x, scale, zero)
@@ -65,11 +68,11 @@ class Grid:
         return _Through.apply(scaled.clamp(table[0], table[-1]), nearest) * scale
 
     def scale_for(self, lo: Tensor, hi: Tensor) -> Tensor:
-        """The real-valued scale (float64) whose grid covers ``lo`` to ``hi``, before it is rounded to its stored dtype.
+        """The scale (float64) whose grid covers ``lo`` to ``hi``, not yet rounded to its stored dtype.
 
-        An affine integer grid is widened to contain 0. A constant block gets the scale that puts the constant on
-        the grid. The scale of an all-zero block is 0. Scales stored as e8m0 follow the OCP Microscaling rule,
-        2^(floor(log2(absmax)) - floor(log2(largest value))), and saturate above it.
+        An affine integer grid is widened to contain 0. A constant block gets the scale that puts the
+        constant on the grid. The scale of an all-zero block is 0. Scales stored as e8m0 follow the OCP
+        Microscaling rule, 2^(floor(log2(absmax)) - floor(log2(largest value))), and saturate above it.
         """
         lo, hi = lo.double(), hi.double()
         absmax = torch.maximum(lo.abs(), hi.abs())
@@ -92,7 +95,7 @@ class Grid:
         return scale
 
     def zero_for(self, lo: Tensor, scale: Tensor) -> Tensor | None:
-        """The zero point (float64) for blocks that start at ``lo``, given their stored scale; None if symmetric."""
+        """The zero point (float64) of blocks that start at ``lo``, with their stored scale, or None."""
         if self.spec.zero == "none":
             return None
         steps = -lo.double() / _nonzero(scale.double())
@@ -100,12 +103,14 @@ class Grid:
 
     def _integers(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         steps = x / _nonzero(scale)
-        if self.spec.zero == "int":
-            steps = _round(steps) + zero  # the zero point is a whole number: 0.0 gets exactly this code
-        elif self.spec.zero == "float":
-            steps = _round(steps + zero)
-        else:
+        if self.spec.zero == "none":
             steps = _round(steps)
+        elif zero is None:
+            raise ValueError(f"{self.spec} needs a zero point, found none")
+        elif self.spec.zero == "int":
+            steps = _round(steps) + zero  # the zero point is a whole number: 0.0 gets exactly this code
+        else:
+            steps = _round(steps + zero)
         return steps.clamp(self.lowest, self.highest)
 
     def _scaled(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -131,11 +136,11 @@ class _Through(torch.autograd.Function):
     """The value of the second argument, the gradient of the first."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 

@@ -1,4 +1,8 @@
-"""Codes of 1 to 8 bits as bytes, and back: the i-th code of a row takes bits i*b to (i+1)*b - 1, lowest bit first."""
+"""Codes of 1 to 8 bits as bytes, and back.
+
+A row is a stream of bits: its code i takes bits i*b to (i+1)*b - 1, and bit k lies in byte k // 8 with
+weight 2**(k % 8). So of two 4-bit codes the first is the low half of the byte.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ def packed_bytes(count: int, bits: int) -> int:
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """(rows, columns) of uint8 codes below 2**bits to (rows, packed_bytes(columns, bits)) of bytes.
 
-    Bits left over in a row's last byte are zero. Raises ValueError when a code needs more than ``bits`` bits.
+    Bits left over in a row's last byte are zero. Raises ValueError when a code needs more bits.
     """
     if codes.dtype != torch.uint8 or codes.dim() != 2:
         raise ValueError(f"expected uint8 codes (rows, columns), found {codes.dtype} {tuple(codes.shape)}")

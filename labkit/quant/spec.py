@@ -27,8 +27,10 @@ _EXAMPLES = "'int4 g64 asym', 'int8 channel', 'nf4 b64 scale=fp32', 'fp8_e4m3 12
 class QuantSpec:
     """A grid: the format of the codes, and which elements share a scale.
 
-    format  int2 to int8, fp8_e4m3, fp8_e5m2, fp6_e2m3, fp6_e3m2, fp4_e2m1, nf4, or table4 (a learned codebook)
-    block   (rows, columns) that share one scale; None is the whole axis. An int counts along the flattened tensor.
+    format  int2 to int8, fp8_e4m3, fp8_e5m2, fp6_e2m3, fp6_e3m2, fp4_e2m1, nf4, or table4: a learned
+            codebook
+    block   (rows, columns) that share one scale; None is the whole axis. An int counts along the
+            flattened tensor
     zero    "none": symmetric; "int": affine, 0.0 has a code of its own; "float": affine, any range
     scale   what the scales are stored as (fp32, bf16, fp16, fp8_e4m3, fp8_e5m2, e8m0), or the QuantSpec
             they are themselves quantized with
@@ -63,7 +65,8 @@ class QuantSpec:
             )
         if isinstance(self.scale, str) and self.scale not in formats.SCALE_DTYPES:
             raise ValueError(
-                f"scale must be a QuantSpec or one of {', '.join(formats.SCALE_DTYPES)}, found {self.scale!r}"
+                f"scale must be a QuantSpec or one of {', '.join(formats.SCALE_DTYPES)}, "
+                f"found {self.scale!r}"
             )
 
     @property
@@ -82,7 +85,7 @@ class QuantSpec:
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """The lowest and highest code: (-8, 7) for int4, (-7, 7) narrow, (0, 15) affine and for bit patterns."""
+        """The lowest and highest code: int4 (-8, 7), narrow (-7, 7), affine and not integer (0, 15)."""
         if not self.is_integer or self.zero != "none":
             return 0, 2**self.bits - 1
         half = 2 ** (self.bits - 1)
@@ -90,12 +93,13 @@ class QuantSpec:
 
     @classmethod
     def parse(cls, text: str) -> QuantSpec:
-        """The spec that ``text`` names, in any order after the format: "int4 g64 asym", "nf4 b64", "fp8_e4m3 tensor".
+        """The spec that ``text`` names: "int4 g64 asym", "nf4 b64", "fp8_e4m3 tensor".
 
-        Words: ``tensor``; ``channel`` (a scale per row); ``g64`` (64 columns of a row); ``b64`` (64 of the flattened
-        tensor); ``128x128``, where ``*`` is the whole axis; ``sym`` (the default), ``asym``, ``asym-float``; ``narrow``;
-        ``scale=bf16`` or ``scale=(fp8_e4m3 tensor scale=fp32)``. "mxfp4", "nvfp4" and their like stand alone.
-        Raises ValueError that names the word it does not know.
+        Words, in any order after the format: ``tensor``; ``channel`` (a scale per row); ``g64`` (64 columns
+        of a row); ``b64`` (64 of the flattened tensor); ``128x128``, where ``*`` is the whole axis; ``sym``
+        (the default), ``asym``, ``asym-float``; ``narrow``; ``scale=bf16`` or
+        ``scale=(fp8_e4m3 tensor scale=fp32)``. "mxfp4", "nvfp4" and their like stand alone. Raises
+        ValueError that names the word it does not know.
         """
         text = " ".join(text.split())
         text = NAMED.get(text, text)

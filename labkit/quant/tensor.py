@@ -1,9 +1,10 @@
-"""QuantizedTensor: codes, scales and the shape they stand for. The one thing that quantizers, kernels and files exchange."""
+"""QuantizedTensor: codes and scales. What quantizers, kernels and files exchange."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from labkit.quant.spec import QuantSpec
 class Params:
     """What a grid needs beside its spec.
 
-    scale  one per block, shape (row blocks, column blocks) or (n_blocks,) for flat runs, in its stored dtype; a
-           QuantizedTensor where the scales are quantized themselves
+    scale  one per block, shape (row blocks, column blocks) or (n_blocks,) for flat runs, in its stored
+           dtype; a QuantizedTensor where the scales are quantized themselves
     zero   same shape, or None: uint8 codes (zero="int") or reals in units of codes (zero="float")
     table  the sixteen ascending values of a learned codebook (table4), or None
     """
@@ -43,7 +44,7 @@ class Packed:
     """A QuantizedTensor as plain tensors for a file, and the little that is not a tensor (JSON-able)."""
 
     tensors: dict[str, Tensor]
-    metadata: dict[str, object]
+    metadata: dict[str, Any]
 
     @property
     def nbytes(self) -> int:
@@ -54,8 +55,8 @@ class Packed:
 class QuantizedTensor:
     """A tensor on a grid.
 
-    codes     same shape as the tensor; int8 for symmetric integers, else uint8: affine integers, table indices and
-              the bit patterns of floats
+    codes     same shape as the tensor; int8 for symmetric integers, else uint8: affine integers, table
+              indices and the bit patterns of floats
     scale, zero, table  as in Params
     g_idx     (columns,) int32, or None: the group of each column where act-order has scattered them
     outliers  (flat indices int64, values), or None: elements kept outside the grid
@@ -78,7 +79,7 @@ class QuantizedTensor:
         return Params(self.scale, self.zero, self.table)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The numbers that the codes stand for, shape ``shape``. Computed in float32 (float64 where asked for)."""
+        """The numbers that the codes stand for. Computed in float32, or float64 where ``dtype`` is that."""
         work = torch.float64 if dtype == torch.float64 else torch.float32
         blocks = Blocks(tuple(self.shape), self.spec.block)
         scale, zero = self.params.dense(work)
@@ -92,13 +93,14 @@ class QuantizedTensor:
         return values.to(dtype)
 
     def pack(self) -> Packed:
-        """The exact bytes: codes as a stream of bits per row, lowest bit first, each row padded to whole bytes.
+        """The exact bytes: codes as a stream of bits, lowest first, each row padded to whole bytes.
 
-        Symmetric integers are stored with an offset, code + 2^(bits - 1); integer zero points as one stream.
+        Symmetric integers are stored with an offset, code + 2^(bits - 1); integer zero points as one
+        stream.
         """
         rows = self.codes.reshape(Blocks(tuple(self.shape), (1, None)).matrix)
         tensors = {"codes": packing.pack_bits(_unsigned(rows, self.spec), self.spec.bits)}
-        metadata: dict[str, object] = {"spec": str(self.spec), "shape": list(self.shape)}
+        metadata: dict[str, Any] = {"spec": str(self.spec), "shape": list(self.shape)}
         if isinstance(self.scale, QuantizedTensor):
             inner = self.scale.pack()
             tensors |= {f"scale.{name}": tensor for name, tensor in inner.tensors.items()}
@@ -120,7 +122,7 @@ class QuantizedTensor:
 
     @classmethod
     def unpack(cls, packed: Packed) -> QuantizedTensor:
-        """The tensor that ``pack`` packed, equal in every code. Raises ValueError where a part is missing or misshapen."""
+        """The tensor that ``pack`` packed, code by code. Raises ValueError where a part does not fit."""
         tensors, metadata = packed.tensors, packed.metadata
         missing = {"codes"} - tensors.keys()
         if missing or not {"spec", "shape"} <= metadata.keys():
@@ -129,18 +131,19 @@ class QuantizedTensor:
                 f"found {sorted(tensors)} and {sorted(metadata)}"
             )
         spec = QuantSpec.parse(str(metadata["spec"]))
-        shape = tuple(metadata["shape"])  # type: ignore[arg-type]
+        shape = tuple(metadata["shape"])
         rows, columns = Blocks(shape, (1, None)).matrix
         expected = (rows, packing.packed_bytes(columns, spec.bits))
         if tuple(tensors["codes"].shape) != expected:
             raise ValueError(
-                f"codes of {spec} for shape {shape} must be {expected} bytes, found {tuple(tensors['codes'].shape)}"
+                f"codes of {spec} for shape {shape} must be {expected} bytes, "
+                f"found {tuple(tensors['codes'].shape)}"
             )
         codes = _signed(packing.unpack_bits(tensors["codes"], spec.bits, columns), spec).reshape(shape)
         scale: Tensor | QuantizedTensor
         if "scale" in metadata:
             inner = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("scale.")}
-            scale = cls.unpack(Packed(inner, metadata["scale"]))  # type: ignore[arg-type]
+            scale = cls.unpack(Packed(inner, metadata["scale"]))
         else:
             scale = tensors["scale"]
         zero = tensors.get("zero")
@@ -188,7 +191,8 @@ class QuantizedTensor:
         )
 
     def __repr__(self) -> str:
-        return f"QuantizedTensor({self.spec}, shape={tuple(self.shape)}, {self.bits_per_weight:.4g} bits per weight)"
+        rate = f"{self.bits_per_weight:.4g} bits per weight"
+        return f"QuantizedTensor({self.spec}, shape={tuple(self.shape)}, {rate})"
 
 
 def _unsigned(codes: Tensor, spec: QuantSpec) -> Tensor:
