@@ -15,7 +15,7 @@ most GPUs, float32 here), GPTQ, groups of 64. ``str(recipe)`` writes out everyth
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,9 +23,9 @@ from typing import Any
 
 import yaml
 
-from labkit.quant import METHODS, QuantizedTensor, QuantSpec
+from labkit.quant import METHODS, QuantSpec
+from labkit.quant.methods import Method
 
-Method = Callable[..., QuantizedTensor]
 KEEP = "keep"
 _FOLDER = Path(__file__).parent / "recipes"
 
