@@ -16,6 +16,7 @@ from labkit.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from labkit import kernels
+    from labkit.models.quantize import Made
     from labkit.quant import QuantizedTensor
 
 
@@ -235,6 +236,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None, name: str = "") -> None:
         super().__init__()
         self.config, self.name = config, name
+        self.made: Made | None = None  # how ``quantize`` made it; None for a model as it was loaded
         self._tokenizer = tokenizer
         self.model = Body(config)
         self.lm_head = _linear(config.hidden_size, config.vocab_size, bias=False)
