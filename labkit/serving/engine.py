@@ -231,7 +231,7 @@ class Answer:
         self.channel = Channel(len(request.prompt))
         self.last = -1
         self._tokenizer = model.tokenizer
-        self._eos_ids = () if params.ignore_eos else model.config.eos_ids
+        self._eos_ids = () if params.ignore_eos else model.tokenizer.eos_ids
         self._left = min(params.max_tokens, max_len - len(request.prompt))
         self._draw = random.Random(params.seed)
         self._text = self._tokenizer.stream()

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from labkit.models.config import ModelConfig
+from labkit.serving.kv_cache import KVCache
+
+WINDOWS = (None, 5)
+
+
+def config(layers: int = 2, windows: tuple[int | None, ...] = WINDOWS, **other: int) -> ModelConfig:
+    shape = {
+        "vocab_size": 32,
+        "hidden_size": 24,
+        "intermediate_size": 16,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 6,
+    }
+    return ModelConfig("mistral", layers=layers, windows=windows, **{**shape, **other})
+
+
+class Referee:
+    """What each request wrote, in plain lists; attention over it written out as its formula."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self.keys: dict[int, list[list[torch.Tensor]]] = {}
+        self.values: dict[int, list[list[torch.Tensor]]] = {}
+
+    def add(self, id: int) -> None:
+        self.cache.add(id)
+        self.keys[id], self.values[id] = [[], []], [[], []]
+
+    def remove(self, id: int) -> None:
+        self.cache.remove(id)
+        del self.keys[id], self.values[id]
+
+    def step(self, ids: list[int], tokens: int) -> None:
+        """Append random keys and values, attend with random queries, and compare with the formula."""
+        batch = self.cache.batch(ids, tokens)
+        assert sorted(batch.ids) == sorted(ids)
+        c = self.cache.config
+        before = {id: len(self.keys[id][0]) for id in ids}
+        expected = [[before[id] + t for t in range(tokens)] for id in batch.ids]
+        assert batch.positions.tolist() == expected
+        for layer, window in enumerate(WINDOWS):
+            k, v = torch.randn(2, len(ids), c.kv_heads, tokens, c.head_dim)
+            q = torch.randn(len(ids), c.kv_heads, tokens, c.head_dim)
+            for row, id in enumerate(batch.ids):
+                self.keys[id][layer] += k[row].unbind(1)  # (kv_heads, head_dim) each
+                self.values[id][layer] += v[row].unbind(1)
+            keys, values, mask = batch.update(layer, k, v)
+            got = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            for row, id in enumerate(batch.ids):
+                for t in range(tokens):
+                    last = before[id] + t
+                    first = 0 if window is None else max(0, last - window + 1)
+                    seen_k = torch.stack(self.keys[id][layer][first : last + 1])  # (S, kv_heads, head_dim)
+                    seen_v = torch.stack(self.values[id][layer][first : last + 1])
+                    scores = torch.einsum("hd,shd->hs", q[row, :, t], seen_k) / c.head_dim**0.5
+                    want = torch.einsum("hs,shd->hd", scores.softmax(-1), seen_v)
+                    torch.testing.assert_close(got[row, :, t], want, atol=1e-5, rtol=1e-5)
+
+
+def test_requests_of_different_lengths_see_their_own_past_and_nothing_else():
+    torch.manual_seed(0)
+    referee = Referee(KVCache(config(), max_batch=3, max_len=20))
+    for id, tokens in [(7, 9), (3, 1), (5, 4)]:
+        referee.add(id)
+        referee.step([id], tokens)
+    for _ in range(6):
+        referee.step([3, 5, 7], 1)
+    assert [referee.cache.length(id) for id in (7, 3, 5)] == [15, 7, 10]
+    assert referee.cache.tokens == 32
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_joining_and_leaving_in_any_order(seed: int):
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    referee = Referee(KVCache(config(), max_batch=4, max_len=24))
+    lengths: dict[int, int] = {}
+    for id in range(25):
+        while len(lengths) == 4 or (lengths and rng.random() < 0.3):
+            gone = rng.choice(list(lengths))
+            referee.remove(gone)
+            del lengths[gone]
+        lengths[id] = rng.randint(1, 12)
+        referee.add(id)
+        referee.step([id], lengths[id])
+        if max(lengths.values()) < 24:
+            referee.step(list(lengths), 1)
+            lengths = {id: n + 1 for id, n in lengths.items()}
+        assert len(referee.cache) == len(lengths)
+        assert referee.cache.tokens == sum(lengths.values())
+
+
+def test_rows_of_equal_length_need_no_mask_and_are_not_copied():
+    cache = KVCache(config(windows=(None, None)), max_batch=2, max_len=8)
+    for id in (0, 1):
+        cache.add(id)
+    for tokens in (3, 1):
+        batch = cache.batch([0, 1], tokens)
+        k = torch.randn(2, 2, tokens, 6)
+        keys, _, mask = batch.update(1, k, k)
+    assert mask is None
+    assert keys.shape == (2, 2, 4, 6)
+    assert keys.untyped_storage().data_ptr() == cache.keys.untyped_storage().data_ptr()
+
+
+def test_a_request_that_wrote_nan_leaves_nothing_behind():
+    cache = KVCache(config(windows=(None, None)), max_batch=3, max_len=8)
+    for id, tokens in [(0, 2), (1, 7), (2, 6)]:
+        cache.add(id)
+        batch = cache.batch([id], tokens)
+        for layer in (0, 1):
+            bad = torch.full((1, 2, tokens, 6), 1.0 if id == 0 else float("nan"))
+            batch.update(layer, bad, bad)
+    cache.remove(1)
+    cache.remove(2)
+    assert cache.keys[:, 1:].count_nonzero() == 0 and cache.values[:, 1:].count_nonzero() == 0
+    cache.add(3)
+    cache.batch([3], 5).update(0, torch.ones(1, 2, 5, 6), torch.ones(1, 2, 5, 6))
+    keys, values, mask = cache.batch([0, 3], 1).update(0, torch.ones(2, 2, 1, 6), torch.ones(2, 2, 1, 6))
+    y = torch.nn.functional.scaled_dot_product_attention(
+        torch.ones(2, 2, 1, 6), keys, values, attn_mask=mask
+    )
+    torch.testing.assert_close(y, torch.ones_like(y))
+
+
+def test_memory_is_taken_as_it_is_used():
+    """755 MB of room for SmolLM2; the system says how much of it is really there."""
+    resident = _resident_bytes()
+    wide = config(30, (None,) * 30, hidden_size=576, heads=9, kv_heads=3, head_dim=64)
+    cache = KVCache(wide, max_batch=8, max_len=2048)
+    assert cache.keys.nbytes + cache.values.nbytes == 30 * 8 * 3 * 2048 * 64 * 4 * 2
+    assert _resident_bytes() - resident < 50e6
+
+
+def _resident_bytes() -> int:
+    resource = pytest.importorskip("resource")
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except FileNotFoundError:
+        pytest.skip("only Linux tells")
+
+
+def test_errors_say_what_is_wrong():
+    cache = KVCache(config(), max_batch=3, max_len=4)
+    for id in range(3):
+        cache.add(id)
+    with pytest.raises(RuntimeError, match="all 3 rows are taken"):
+        cache.add(3)
+    with pytest.raises(ValueError, match=r"neighbouring rows, found \[0, 2\]"):
+        cache.batch([0, 2], 1)
+    cache.batch([1], 3)
+    with pytest.raises(ValueError, match=r"3 \+ 2 tokens do not fit into 4"):
+        cache.batch([0, 1], 2)
+    assert cache.length(1) == 3 and 1 in cache and 3 not in cache
