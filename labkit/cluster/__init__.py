@@ -1,0 +1,1 @@
+"""Where things run: Ray on this machine, and later Kubernetes."""
