@@ -93,6 +93,7 @@ def convert(path: Path, folder: Path) -> None:
     hf = config.to_hf()
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # a shared cache is read by others
     _tokenizer(fields).save(folder)
     origin = {"package": REQUIREMENT, "file": path.name, "sha256": GGUF_SHA256, "licence": "Apache-2.0"}
     (folder / "source.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
