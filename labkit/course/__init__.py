@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from labkit.course import plot
-    from labkit.course.checkpoint import checkpoint
+    from labkit.course.checkpoints import checkpoint
     from labkit.course.claims import claim, verdict
-    from labkit.course.exercise import Exercise, exercise
-    from labkit.course.explore import explore
-    from labkit.course.progress import progress
-    from labkit.course.quiz import Question, quiz
+    from labkit.course.exercises import Exercise, exercise
+    from labkit.course.progress_file import progress
+    from labkit.course.self_check import Question, quiz
+    from labkit.course.widget import explore
 
 __all__ = [
     "Exercise",
@@ -30,18 +30,23 @@ __all__ = [
     "verdict",
 ]
 
+# No module bears the name of something it offers: importing it would put the module in that name's place.
 _HOME = {
-    "Exercise": "exercise",
-    "Question": "quiz",
+    "Exercise": "exercises",
+    "Question": "self_check",
+    "checkpoint": "checkpoints",
     "claim": "claims",
+    "exercise": "exercises",
+    "explore": "widget",
+    "progress": "progress_file",
+    "quiz": "self_check",
     "verdict": "claims",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name == "plot":
+        return import_module("labkit.course.plot")
+    if name not in _HOME:
         raise AttributeError(f"labkit.course has no {name!r}; it offers {', '.join(__all__)}")
-    module = import_module(f"labkit.course.{_HOME.get(name, name)}")
-    value = module if name == "plot" else getattr(module, name)
-    globals()[name] = value  # also wins over the submodule of the same name
-    return value
+    return getattr(import_module(f"labkit.course.{_HOME[name]}"), name)

@@ -44,7 +44,9 @@ def tensor(
     """
     wanted = "a tensor" if shape is None else f"a tensor of shape {shape}"
     if found is None:
-        raise Wrong(f"{name} is None; expected {wanted}. Does every path of your function return something?")
+        raise Wrong(
+            f"{name} is None; expected {wanted}. Does every path of your function return something?"
+        )
     if isinstance(found, np.ndarray | np.generic):
         found = torch.as_tensor(np.asarray(found))
     elif isinstance(found, bool | int | float) and shape == ():
@@ -59,10 +61,14 @@ def tensor(
         raise Wrong(f"{name} has shape {tuple(found.shape)}; expected {tuple(shape)}.")
     if finite and found.is_floating_point() and not bool(torch.isfinite(found).all()):
         kind, count = _not_finite(found)
-        raise Wrong(f"{name} holds {count} {kind}, the first at {_where(~torch.isfinite(found))}; expected finite numbers.")
+        raise Wrong(
+            f"{name} holds {count} {kind}, the first at {_where(~torch.isfinite(found))}; expected finite numbers."
+        )
     if integral and found.is_floating_point() and bool((found != found.round()).any()):
         at = found != found.round()
-        raise Wrong(f"{name} holds {_value(found[at][0])} at {_where(at)}; expected whole numbers. Is there a rounding?")
+        raise Wrong(
+            f"{name} holds {_value(found[at][0])} at {_where(at)}; expected whole numbers. Is there a rounding?"
+        )
     return found
 
 
@@ -80,7 +86,9 @@ def number(found: Any, name: str = "your result") -> float:
     return float(found)
 
 
-def equal(found: Any, expected: Any, name: str = "your result", *, mistakes: Mistakes | None = None) -> None:
+def equal(
+    found: Any, expected: Any, name: str = "your result", *, mistakes: Mistakes | None = None
+) -> None:
     """Refuse unless ``found`` equals ``expected`` exactly (tensors: same shape and values, any dtype)."""
     if not isinstance(expected, Tensor):
         same_kind = isinstance(found, type(expected)) or (

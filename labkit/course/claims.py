@@ -26,10 +26,14 @@ def claim(
     unit = f" {unit}" if unit else ""
     if about is not None:
         if within is None or at_least is not None or at_most is not None:
-            raise TypeError("claim() takes about= together with within=, and then neither at_least= nor at_most=")
+            raise TypeError(
+                "claim() takes about= together with within=, and then neither at_least= nor at_most="
+            )
         tolerance = _tolerance(within, about)
         holds = abs(value - about) <= tolerance
-        says = f"about {_number(about)}{unit}, within {within if isinstance(within, str) else _number(within)}"
+        says = (
+            f"about {_number(about)}{unit}, within {within if isinstance(within, str) else _number(within)}"
+        )
     elif at_least is not None or at_most is not None:
         if within is not None:
             raise TypeError("claim() takes within= only together with about=")

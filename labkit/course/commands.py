@@ -17,10 +17,10 @@ Number = Annotated[str, typer.Argument(help="a notebook's number or name: 6, 06 
 @app.command("list")
 def list_() -> None:
     """The notebooks, and how far you are in each."""
-    from labkit.course import copies, progress
+    from labkit.course import copies, progress_file
     from labkit.course.lessons import lesson, names
 
-    kept = progress.read()
+    kept = progress_file.read()
     lessons = {name[1:3] for name in names()}
     for number in copies.numbers():
         exercises = lesson(number).EXERCISES if number in lessons else []
@@ -31,7 +31,7 @@ def list_() -> None:
 @app.command()
 def progress() -> None:
     """Every exercise and how far you are."""
-    from labkit.course.progress import progress as table
+    from labkit.course.progress_file import progress as table
 
     typer.echo(repr(table()))
 
@@ -46,7 +46,9 @@ def refresh() -> None:
         for name in names:
             typer.echo(f"{word}: {name}")
     for name in done.left:
-        typer.echo(f"left as you changed it: {name}; the course has a newer one, `labkit course reset {name[:2]}` takes it")
+        typer.echo(
+            f"left as you changed it: {name}; the course has a newer one, `labkit course reset {name[:2]}` takes it"
+        )
     typer.echo(f"{len(done.kept)} up to date")
 
 
@@ -76,10 +78,16 @@ def open_(
 
 @app.command()
 def publish(
-    target: Annotated[Path, typer.Argument(help="the notebook to write, for example notebooks/06_gptq.ipynb")],
-    source: Annotated[Path | None, typer.Option(help="take the cells from this notebook or py:percent script")] = None,
+    target: Annotated[
+        Path, typer.Argument(help="the notebook to write, for example notebooks/06_gptq.ipynb")
+    ],
+    source: Annotated[
+        Path | None, typer.Option(help="take the cells from this notebook or py:percent script")
+    ] = None,
     timeout: Annotated[int, typer.Option(help="seconds for one cell")] = 300,
-    execute: Annotated[bool, typer.Option(help="run the cells; without it only the stored form is put right")] = True,
+    execute: Annotated[
+        bool, typer.Option(help="run the cells; without it only the stored form is put right")
+    ] = True,
 ) -> None:
     """For maintainers: run a notebook, store its outputs in the project's form, name what departs from the form."""
     from nbclient.exceptions import CellExecutionError

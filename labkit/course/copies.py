@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from labkit.course.progress import numbered
+from labkit.course.progress_file import numbered
 from labkit.course.workspace import notebooks, work
 from labkit.files import whole_file
 
@@ -21,7 +21,9 @@ class Refreshed:
 
     new: list[str] = field(default_factory=list)
     renewed: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)  # the learner's own changes, and the course has a newer version
+    left: list[str] = field(
+        default_factory=list
+    )  # the learner's own changes, and the course has a newer version
     kept: list[str] = field(default_factory=list)  # nothing to do
 
 

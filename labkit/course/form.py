@@ -43,7 +43,11 @@ def _opening(notebook: NotebookNode) -> list[str]:
 
 def _sections(notebook: NotebookNode) -> list[str]:
     headings = re.findall(r"^##+ (.+)$", "\n".join(c.source for c in _markdown(notebook)), re.MULTILINE)
-    found = [f"there is no section '## {name}'" for name in SECTIONS if not any(h.startswith(name) for h in headings)]
+    found = [
+        f"there is no section '## {name}'"
+        for name in SECTIONS
+        if not any(h.startswith(name) for h in headings)
+    ]
     if headings and "Clean up" not in headings[-1]:
         found.append("the last section must be 'Clean up'")
     return found
@@ -56,7 +60,11 @@ def _pieces(notebook: NotebookNode) -> list[str]:
         found.append("fewer than two exercises are checked")
     if not re.search(r"\bexplore\(", code):
         found.append("there is nothing to drag: no explore()")
-    if not any(PLOTLY in o.get("data", {}) and "explore(" not in c.source for c in _code(notebook) for o in c.outputs):
+    if not any(
+        PLOTLY in o.get("data", {}) and "explore(" not in c.source
+        for c in _code(notebook)
+        for o in c.outputs
+    ):
         found.append("no Plotly figure is stored, other than that of explore()")
     if not re.search(r"\bquiz\(", code):
         found.append("there is no quiz()")
@@ -109,7 +117,9 @@ def _helpers(source: str) -> list[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > MAX_HELPER and "NotImplementedError" not in source:
-                found.append(f"{node.name} has {length} lines, more than {MAX_HELPER}: it belongs into labkit")
+                found.append(
+                    f"{node.name} has {length} lines, more than {MAX_HELPER}: it belongs into labkit"
+                )
     return found
 
 
@@ -155,7 +165,9 @@ def _comparison(notebook: NotebookNode) -> list[str]:
         else:
             found.append(f"cell {number}: prints a value that is neither compared nor claimed")
     if compared < COMPARED * (compared + claimed):
-        found.append(f"{compared} of {compared + claimed} cells that print a value are compared; at least two thirds must be")
+        found.append(
+            f"{compared} of {compared + claimed} cells that print a value are compared; at least two thirds must be"
+        )
     return found
 
 
@@ -165,7 +177,9 @@ def _prints_value(cell: NotebookNode) -> bool:
 
     def text(output: Any) -> bool:
         return output.output_type == "stream" or (
-            "text/plain" in output.get("data", {}) and PLOTLY not in output.data and "image/png" not in output.data
+            "text/plain" in output.get("data", {})
+            and PLOTLY not in output.data
+            and "image/png" not in output.data
         )
 
     return any(text(output) for output in cell.outputs) and "explore(" not in cell.source

@@ -32,7 +32,9 @@ FLAGS = [
 def chromium() -> str | None:
     """The path of a Chromium on this machine: LABKIT_CHROMIUM, or the first found on PATH."""
     named = os.environ.get("LABKIT_CHROMIUM")
-    return named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return named or next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
 
 
 class Camera:
@@ -65,7 +67,9 @@ def camera() -> Iterator[Camera]:
     """A Chromium with Plotly loaded and no network. Raises RuntimeError where there is no Chromium."""
     path = chromium()
     if path is None:
-        raise RuntimeError("no Chromium was found; `make system-packages` installs it, or set LABKIT_CHROMIUM to its path")
+        raise RuntimeError(
+            "no Chromium was found; `make system-packages` installs it, or set LABKIT_CHROMIUM to its path"
+        )
     from playwright.sync_api import sync_playwright
 
     script = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"

@@ -76,7 +76,9 @@ def normalise(notebook: NotebookNode) -> None:
     notebook.metadata = nbformat.from_dict(METADATA)
     count = 0
     for cell in notebook.cells:
-        cell.metadata = nbformat.from_dict({k: cell.metadata[k] for k in KEPT_CELL_METADATA if k in cell.metadata})
+        cell.metadata = nbformat.from_dict(
+            {k: cell.metadata[k] for k in KEPT_CELL_METADATA if k in cell.metadata}
+        )
         cell.source = "\n".join(line.rstrip() for line in cell.source.splitlines()).strip("\n")
         if cell.cell_type != "code":
             continue
@@ -117,7 +119,11 @@ def _run(notebook: NotebookNode, *, folder: Path, timeout: int) -> float:
     import time
 
     with tempfile.TemporaryDirectory(prefix="labkit-work-") as work:
-        environment = os.environ | {"LABKIT_WORK": work, "LABKIT_PROGRESS": "0", "OPENBLAS_NUM_THREADS": "2"}
+        environment = os.environ | {
+            "LABKIT_WORK": work,
+            "LABKIT_PROGRESS": "0",
+            "OPENBLAS_NUM_THREADS": "2",
+        }
         client = NotebookClient(
             notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
         )

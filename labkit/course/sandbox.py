@@ -72,9 +72,13 @@ class _Watched:
                 raise Wrong(_raised(error)) from error
             raise _NotAttempted from error
         except RecursionError as error:
-            raise Wrong("your function called itself without end (RecursionError). When does it stop?") from error
+            raise Wrong(
+                "your function called itself without end (RecursionError). When does it stop?"
+            ) from error
         except SystemExit as error:
-            raise Wrong("your function tried to end Python (SystemExit); it should return a value instead.") from error
+            raise Wrong(
+                "your function tried to end Python (SystemExit); it should return a value instead."
+            ) from error
         except KeyboardInterrupt as error:
             raise Wrong("your function was interrupted before it returned.") from error
         except BaseException as error:
@@ -100,7 +104,9 @@ def examine(check: Callable[[Callable[..., Any]], None], function: Any, *, secon
     except _NotAttempted:
         return Finding("not attempted")
     except _TimeIsUp:
-        message = f"your function had not finished after {seconds:g} seconds. Is there a loop that never ends?"
+        message = (
+            f"your function had not finished after {seconds:g} seconds. Is there a loop that never ends?"
+        )
     except Wrong as wrong:
         message = str(wrong)
     except KeyboardInterrupt:
@@ -124,7 +130,9 @@ def _given(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     return ", ".join(parts)
 
 
-def _refuse_wrong_signature(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _refuse_wrong_signature(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):

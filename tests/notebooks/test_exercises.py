@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from labkit.course.exercise import Exercise, exercise
+from labkit.course import Exercise, exercise
 from labkit.course.lessons import lesson, names
 
 HERE = Path(__file__).parent
@@ -53,7 +53,9 @@ def test_the_solution_passes(item: Exercise) -> None:
 def test_the_starter_counts_as_not_attempted(item: Exercise) -> None:
     scope: dict[str, Any] = {}
     exec("from __future__ import annotations\n" + item.starter, scope)
-    made = [v for k, v in scope.items() if callable(v) and k not in ("__builtins__",) and k.startswith("my_")]
+    made = [
+        v for k, v in scope.items() if callable(v) and k not in ("__builtins__",) and k.startswith("my_")
+    ]
     assert len(made) == 1, "the starter defines one function (or class) whose name begins with my_"
     assert item.examine(made[0]).state == "not attempted"
 
@@ -79,7 +81,9 @@ def test_there_are_answers_enough(item: Exercise) -> None:
 
 
 @pytest.mark.parametrize("item", EXERCISES, ids=lambda e: e.id)
-def test_the_solution_explains_itself(item: Exercise, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_solution_explains_itself(
+    item: Exercise, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     item.solution()
     source = capsys.readouterr().out
     assert source.startswith(("def ", "class ", "@"))

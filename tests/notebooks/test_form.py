@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from labkit.course.exercise import exercise
+from labkit.course import exercise
 from labkit.course.form import faults
 from labkit.course.lessons import lesson, names
 
@@ -25,7 +25,9 @@ def test_starter_cells_are_the_lessons_own(path: Path) -> None:
     cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
     text = "\n".join(cells)
     for item in lesson(path.name[:2]).EXERCISES:
-        assert item.starter in cells, f"no cell holds the starter of exercise {item.id} as the lesson has it"
+        assert item.starter in cells, (
+            f"no cell holds the starter of exercise {item.id} as the lesson has it"
+        )
         assert f'exercise("{item.id}").check(' in text, f"exercise {item.id} is never checked"
         assert exercise(item.id) is not None
 
@@ -34,7 +36,9 @@ def test_starter_cells_are_the_lessons_own(path: Path) -> None:
 def test_self_check_has_three_questions(path: Path) -> None:
     questions = lesson(path.name[:2]).QUIZ
     assert len(questions) == 3
-    assert all(len(q.options) >= 3 for q in questions), "a question needs at least three answers to choose from"
+    assert all(len(q.options) >= 3 for q in questions), (
+        "a question needs at least three answers to choose from"
+    )
     assert all(why.strip() for q in questions for why in q.options.values()), "each answer says why"
 
 

@@ -12,7 +12,9 @@ from types import ModuleType
 
 def names() -> list[str]:
     """The lessons there are, in reading order: ``n00_start_here``, ``n01_number_formats``, ..."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name[:1] == "n" and m.name[1:3].isdigit())
+    return sorted(
+        m.name for m in pkgutil.iter_modules(__path__) if m.name[:1] == "n" and m.name[1:3].isdigit()
+    )
 
 
 def lesson(number: str) -> ModuleType:
