@@ -53,6 +53,89 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def quantize(
+    recipe: Annotated[str, typer.Option(help="A recipe of labkit's by name, or a YAML file by path.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    seed: Annotated[int, typer.Option(help="Of the off-grid factors and the calibration windows.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Default: LABKIT_MODEL, or the bundled model.")] = None,
+) -> None:
+    """Quantize a model by a recipe and write the checkpoint to a folder."""
+    import time
+
+    from labkit import models
+
+    plan = models.Recipe.load(recipe)
+    if out.exists():  # said before the work, not after it
+        raise FileExistsError(f"{out} exists already; choose another folder or remove it first")
+    start = time.perf_counter()
+    quantized = models.quantize(models.load(model, seed=seed), plan, seed=seed)
+    models.save(quantized, out)
+    layers, whole, size = models.sizes(quantized)
+    typer.echo(str(plan))
+    typer.echo(
+        f"{out}: {layers:.2f} bits per weight over the quantized layers, {whole:.2f} over the model, "
+        f"{size / 1e6:.1f} MB, {time.perf_counter() - start:.0f} s"
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, or fp32 for the model unquantized.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    lesson: Annotated[bool, typer.Option("--lesson", help="8 windows instead of 32.")] = False,
+    model: Annotated[str | None, typer.Option(help="For fp32: which model.")] = None,
+    seed: Annotated[int, typer.Option(help="For fp32: of the off-grid factors.")] = 0,
+) -> None:
+    """Perplexity, KL to the original and size of a checkpoint, by the frozen protocol."""
+    import json
+
+    from labkit import models
+
+    if checkpoint == "fp32":
+        measured = models.load(model, seed=seed)
+    else:
+        measured = models.checkpoint.load(checkpoint)
+    report = models.evaluate(measured, protocol="lesson" if lesson else "full")
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in report.rows().items():
+        table.add_row(name, value)
+    Console().print(table, soft_wrap=True)
+
+
+@app.command()
+def serve(
+    checkpoint: Annotated[
+        str, typer.Option(help="A folder made by `labkit quantize`, or a model's name: tiny, org/name.")
+    ],
+    replicas: Annotated[int, typer.Option(min=1, help="Engines, each with the whole model.")] = 1,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: a free one.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads a replica. Default: the cores shared out.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="What requests call the model. Default: the checkpoint's.")] = "",
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests that run at once in a replica.")] = 8,
+    max_len: Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer together.")] = 2048,
+) -> None:
+    """Serve a model behind an OpenAI-compatible API on 127.0.0.1, until Ctrl-C or the parent's end.
+
+    Prints `ready http://127.0.0.1:PORT/v1` once it answers.
+    """
+    from labkit.cluster.foreground import serve_until_stopped
+    from labkit.serving import Deployment
+
+    deployment = Deployment(
+        checkpoint=checkpoint, name=name, replicas=replicas, threads=threads, max_batch=max_batch, max_len=max_len
+    )
+    serve_until_stopped(deployment, port=port)
+
+
 def main() -> None:
     """The entry point: an error that a person can act on is one line on stderr, a defect is a traceback."""
     try:

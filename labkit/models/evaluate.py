@@ -54,13 +54,23 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def rows(self) -> dict[str, str]:
+        """The report for reading: label to value, with units."""
+        return {
+            "model": self.model,
+            "recipe": self.recipe,
+            "perplexity": f"{self.perplexity:.2f}",
+            "KL to the original": f"{self.kl:.4f} nats per token",
+            "top-1 agreement": f"{self.top1:.1%}",
+            "bits per weight": f"{self.bits_per_weight:.2f} over the quantized layers, "
+            f"{self.bits_per_weight_model:.2f} over the model",
+            "weights": f"{self.bytes / 1e6:.1f} MB",
+            "protocol": f"{self.protocol}, {self.windows} windows",
+            "time": f"{self.seconds:.1f} s",
+        }
+
     def __str__(self) -> str:
-        return (
-            f"{self.model}, {self.recipe}: perplexity {self.perplexity:.2f}, KL {self.kl:.4f} nats per token, "
-            f"top-1 agreement {self.top1:.1%}, {self.bits_per_weight:.2f} bits per weight "
-            f"({self.bits_per_weight_model:.2f} over the model), {self.bytes / 1e6:.1f} MB; "
-            f"{self.windows} windows, protocol {self.protocol}, {self.seconds:.1f} s"
-        )
+        return "\n".join(f"{label:20}{value}" for label, value in self.rows().items())
 
 
 def evaluate(
