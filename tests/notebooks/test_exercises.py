@@ -8,6 +8,7 @@ Wrong answers and variants of notebook 06 lie in wrong/n06_gptq.py:
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -20,27 +21,51 @@ from labkit.course import Exercise, exercise
 from labkit.course.lessons import lesson, names
 
 HERE = Path(__file__).parent
-EXERCISES: list[Exercise] = [e for name in names() for e in lesson(name[1:3]).EXERCISES]
 
 
 def answers(number: str) -> ModuleType:
-    (path,) = (HERE / "wrong").glob(f"n{number}_*.py")
-    spec = importlib.util.spec_from_file_location(f"answers_{number}", path)
+    """The WRONG and RIGHT tables of one notebook."""
+    paths = list((HERE / "wrong").glob(f"n{number}_*.py"))
+    assert len(paths) == 1, f"expected one tests/notebooks/wrong/n{number}_*.py, found {len(paths)}"
+    spec = importlib.util.spec_from_file_location(f"answers_{number}", paths[0])
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+def each_lesson(read: Callable[[str], list[Any]]) -> list[Any]:
+    """``read`` of every lesson; one that does not load fails in a test of its own instead of stopping the others."""
+    found: list[Any] = []
+    for name in names():
+        with contextlib.suppress(Exception):
+            found += read(name[1:3])
+    return found
+
+
+EXERCISES: list[Exercise] = each_lesson(lambda number: lesson(number).EXERCISES)
+
+
 def cases(kind: str) -> list[Any]:
     """(id, function[, words]) of every WRONG or RIGHT table."""
-    found = []
-    for name in names():
-        for id, entries in getattr(answers(name[1:3]), kind).items():
+
+    def read(number: str) -> list[Any]:
+        found = []
+        for id, entries in getattr(answers(number), kind).items():
             for entry in entries:
                 function, *words = entry if isinstance(entry, tuple) else (entry,)
                 found.append(pytest.param(id, function, *words, id=f"{id}-{function.__name__}"))
-    return found
+        return found
+
+    return each_lesson(read)
+
+
+@pytest.mark.parametrize("name", names())
+def test_lesson_and_answers_load(name: str) -> None:
+    asked = {e.id for e in lesson(name[1:3]).EXERCISES}
+    table = answers(name[1:3])
+    assert asked == set(table.WRONG) == set(table.RIGHT)
+    assert all(id[:3] == f"{name[1:3]}." for id in asked)
 
 
 @pytest.mark.parametrize("item", EXERCISES, ids=lambda e: e.id)
