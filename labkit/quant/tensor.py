@@ -106,7 +106,9 @@ class QuantizedTensor:
             tensors |= {f"scale.{name}": tensor for name, tensor in inner.tensors.items()}
             metadata["scale"] = inner.metadata
         else:
-            tensors["scale"] = self.scale
+            # safetensors cannot read e8m0 back; its byte is the exponent.
+            e8m0 = self.scale.dtype == torch.float8_e8m0fnu
+            tensors["scale"] = self.scale.view(torch.uint8) if e8m0 else self.scale
         if self.zero is not None:
             whole = self.spec.zero == "int"
             tensors["zero"] = (
@@ -146,6 +148,7 @@ class QuantizedTensor:
             scale = cls.unpack(Packed(inner, metadata["scale"]))
         else:
             scale = tensors["scale"]
+            scale = scale.view(torch.float8_e8m0fnu) if spec.scale == "e8m0" else scale
         zero = tensors.get("zero")
         if zero is not None and spec.zero == "int":
             grid = tuple(scale.shape)
