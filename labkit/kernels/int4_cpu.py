@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from labkit.kernels.inputs import check_input
 from labkit.quant import Blocks, QuantizedTensor
 
 GROUPS = (256, 128, 64, 32)  # what the kernel can take, largest first
@@ -74,6 +75,7 @@ class Int4Cpu:
         return self._codes.nbytes + self._pairs.nbytes + (0 if self._order is None else self._order.nbytes)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        check_input(x, self.shape)
         rows = x.reshape(-1, self.shape[1])
         if self._order is not None:
             rows = rows[:, self._order]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from labkit.kernels.inputs import check_input
 from labkit.quant import QuantizedTensor
 
 
@@ -27,5 +28,6 @@ class Reference:
         return self._weight.nbytes
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        check_input(x, self.shape)
         bias = None if bias is None else bias.float()
         return torch.nn.functional.linear(x.float(), self._weight, bias).to(x.dtype)
