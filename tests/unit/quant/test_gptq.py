@@ -1,4 +1,4 @@
-"""GPTQ against RTN, and against an Optimal Brain Quantizer that inverts the Hessian anew for each column."""
+"""GPTQ against RTN and against an Optimal Brain Quantizer that inverts H anew for each column."""
 
 from __future__ import annotations
 
