@@ -144,7 +144,7 @@ def private_network() -> list[str]:
 
 def environment(phase: Phase, scratch: Path) -> dict[str, str]:
     """No progress bars, no settings of the person who runs it, one thread for each of two processes."""
-    own = {"LABKIT_PROGRESS": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+    own = {"LABKIT_PROGRESS": "0", "LABKIT_WORK": str(scratch / "work"), "PYTHONDONTWRITEBYTECODE": "1"}
     for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         own[name] = str(scratch / name.lower())
     merged = {**os.environ, **own}
