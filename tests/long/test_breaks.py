@@ -1,6 +1,6 @@
-"""Break the quantizers on purpose: the notebook that teaches the thing and the unit tests must both turn red.
+"""Break the quantizers on purpose: the notebook that teaches the thing and a unit test must both turn red.
 
-Each break is one substitution in a copy of the package. A substitution that no longer finds its text fails too.
+Each break is one substitution in a copy of the package; one that no longer finds its text fails too.
 """
 
 from __future__ import annotations
