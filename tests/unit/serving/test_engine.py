@@ -108,7 +108,7 @@ def is_empty(engine: Engine) -> bool:
 
 @contextmanager
 def held(model: Llama, calls: int = 0) -> Iterator[tuple[threading.Event, threading.Event]]:
-    """After ``calls`` passes the model waits inside its last layer: (it has arrived there, let it go on)."""
+    """After ``calls`` passes the model waits in its last layer: (it has arrived, let it go on)."""
     arrived, go = threading.Event(), threading.Event()
     passes = 0
 
@@ -154,19 +154,34 @@ def test_a_batch_of_different_lengths_gives_what_each_gives_alone(model: Llama):
 
 def test_tiny_model_says_what_transformers_says():
     transformers = pytest.importorskip("transformers")
-    from labkit.files import data_path
     from labkit.models import load
 
-    peer = transformers.AutoModelForCausalLM.from_pretrained(data_path("models/tiny"), dtype=torch.float32)
     tiny = load("tiny")
+    c = tiny.config
+    # Mistral without a window is Llama, and takes any number of heads.
+    config = transformers.MistralConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        head_dim=c.head_dim,
+        rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_theta,
+        max_position_embeddings=c.max_positions,
+        sliding_window=None,
+        tie_word_embeddings=c.tie_embeddings,
+        eos_token_id=None,
+    )
+    peer = transformers.MistralForCausalLM(config).eval()
+    peer.load_state_dict(tiny.state_dict())
     texts = ["Call me Ishmael.", "The whale", "It was a dark night, and the ship", "I"]
     ids = [tiny.tokenizer.encode(text) for text in texts]
     with Engine(tiny, max_batch=3) as engine:
         got = engine.generate(ids, SamplingParams(max_tokens=24, ignore_eos=True))
     for prompt, completion in zip(ids, got, strict=True):
-        want = peer.generate(
-            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
+        want = peer.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=0)
         assert completion.token_ids == want[0, len(prompt) :].tolist()
 
 
