@@ -2,7 +2,7 @@
 
     python tests/bench/int4_cpu.py [--threads 1] [--rows 1] [--rounds 51]
 
-Prints microseconds and ratios to fp32 (above 1 is faster), medians of rounds in which the candidates take turns.
+Prints microseconds and ratios to fp32 (above 1 is faster): medians of rounds in which they take turns.
 Shapes are those of SmolLM2-135M: attention, gate and up, down, lm_head.
 """
 
@@ -22,6 +22,7 @@ from bitsandbytes.functional import quantize_4bit
 from labkit.kernels import prepare
 from labkit.quant import QuantSpec, encode, fit
 
+_RAW = argparse.RawDescriptionHelpFormatter
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (49152, 576)]
 
 
@@ -60,9 +61,7 @@ def processor() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_RAW)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=51)

@@ -18,7 +18,10 @@ HEAVY = [
 
 def test_importing_pulls_in_nothing_heavy() -> None:
     # labkit.kernels imports labkit.quant, so one process answers for both.
-    code = "import sys, torch; before = set(sys.modules); import labkit.kernels; print(*set(sys.modules) - before)"
+    code = (
+        "import sys, torch; before = set(sys.modules);"
+        "import labkit.kernels; print(*set(sys.modules) - before)"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules = run.stdout.split()
     assert {"labkit.kernels", "labkit.quant"} <= set(modules)
