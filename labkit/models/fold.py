@@ -96,9 +96,9 @@ def fold(site: Site, factor: Tensor) -> None:
         producer.weight = producer.weight * factor[:, None]  # (out, in), a factor per row
         if producer.bias is not None:
             producer.bias = _parameter(producer.bias * factor)
-    columns = site.spread(factor)
+    undo = site.spread(1 / factor)
     for linear in site.consumers:
-        linear.weight = linear.weight / columns  # (out, in), a factor per column
+        linear.weight = linear.weight * undo  # (out, in), a factor per column
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
