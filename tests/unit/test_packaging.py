@@ -33,7 +33,7 @@ tokens = torch.tensor([model.tokenizer.encode(text[1000:1200])])
 print(json.dumps({
     "package": labkit.__file__,
     "data": str(data_path("texts/moby_dick.txt")),
-    "quantized": sum(isinstance(linear.weight, quant.QuantizedTensor) for linear in again.linears().values()),
+    "quantized": sum(isinstance(x.weight, quant.QuantizedTensor) for x in again.linears().values()),
     "same": bool(torch.equal(small(tokens), again(tokens))),
     "changed": bool((small(tokens) - model(tokens)).abs().max() > 0),
     "kept_out": sorted({"ray", "transformers", "jupyterlab", "IPython", "pandas"} & set(sys.modules)),
@@ -52,7 +52,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder / "venv", symlinks=True)
     site = Path(sysconfig.get_path("purelib", "venv", vars={"base": str(folder / "venv")}))
     zipfile.ZipFile(wheel).extractall(site)
-    # A .pth file adds the folder itself, and does not read the .pth of the editable install that lies in it.
+    # A .pth file adds the folder, and does not read the .pth of the editable install that lies in it.
     (site / "peers.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / "venv"
 
