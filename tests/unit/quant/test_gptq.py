@@ -35,8 +35,8 @@ def grid_of(weight: Tensor, bits: int, affine: bool) -> tuple[Tensor, Tensor, in
 def optimal_brain_quantizer(
     weight: Tensor, hessian: Tensor, order: list[int], bits: int, affine: bool, group: int | None
 ) -> Tensor:
-    """Frantar & Alistarh 2022 (arXiv 2208.11580), section 5, in a fixed order and without its shortcut: before
-    each column, H of the columns that are left is inverted anew.
+    """Frantar & Alistarh 2022 (arXiv 2208.11580), section 5, in a fixed order and without its shortcut:
+    before each column, H of the columns that are left is inverted anew.
 
     ``group`` columns that follow each other in ``order`` share a grid, fitted when the first is reached.
     """
