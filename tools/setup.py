@@ -22,8 +22,8 @@ STAMP = os.path.join(VENV, "labkit-setup.json")
 UV_VERSION = "0.13.9"
 PYTHONS = ((3, 11), (3, 12), (3, 13))
 STEPS = ("uv", "the environment", "the packages", "the model")
-GIGABYTES = "about 6 GB of disk (3 GB to download)"
-MINUTES = "2 to 10 minutes"
+GIGABYTES = "about 6.5 GB of disk (3 GB to download)"
+MINUTES = "1 to 10 minutes"
 
 
 class Stop(Exception):
