@@ -22,7 +22,6 @@ from bitsandbytes.functional import quantize_4bit
 from labkit.kernels import prepare
 from labkit.quant import QuantSpec, encode, fit
 
-_RAW = argparse.RawDescriptionHelpFormatter
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (49152, 576)]
 
 
@@ -61,7 +60,7 @@ def processor() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_RAW)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=51)
@@ -69,7 +68,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(
-        f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {args.threads} threads, {args.rows} rows; "
+        f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{args.threads} threads, {args.rows} rows; "
         f"torch {torch.__version__}, bitsandbytes {bitsandbytes.__version__}"
     )
     with torch.inference_mode():
