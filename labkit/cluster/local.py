@@ -14,13 +14,12 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
-from labkit.cluster.watch import MARKER
+from labkit.cluster.watch import MARKER, end
 from labkit.serving.deployment import Deployment
 
 HOST = "127.0.0.1"
@@ -28,6 +27,7 @@ SOCKET_PATH_LIMIT = 103  # bytes; macOS allows 104 with the closing zero, Linux 
 # What Ray puts behind its folder: session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store, pid up to 7 digits.
 SOCKET_SUFFIX = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
 OBJECT_STORE_MB = 256  # of /dev/shm; Ray spills to its folder beyond that, and refuses less than 75
+START_ATTEMPTS = 3
 WATCHER_TIMEOUT_S = 60.0
 READY_TIMEOUT_S = 120.0
 # One secret for each process: Ray remembers it for as long as the process lives.
@@ -83,20 +83,35 @@ def ray_session(*, cores: int | None = None, object_store_mb: int = OBJECT_STORE
         os.environ.update({name: os.environ.get(name) or value for name, value in RAY_ENVIRONMENT.items()})
         stack.callback(_end, _watcher(folder))
         stack.callback(ray.shutdown)
-        os.environ[MARKER] = folder  # inherited by Ray's processes, and by nothing that is started later
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ray.init(
-                address="local",
-                num_cpus=cores or os.cpu_count(),
-                include_dashboard=False,
-                object_store_memory=object_store_mb * 2**20,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=folder,
-            )
-        del os.environ[MARKER]
+        _start_ray(folder, cores or os.cpu_count() or 1, object_store_mb)
         yield
+
+
+def _start_ray(folder: str, cores: int, object_store_mb: int) -> None:
+    """``ray.init``, again where a busy machine did not get its raylet up in the 30 s that Ray gives it."""
+    import ray
+
+    os.environ[MARKER] = folder  # inherited by Ray's processes, and by nothing that is started later
+    try:
+        for attempt in range(1, START_ATTEMPTS + 1):
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=cores,
+                    include_dashboard=False,
+                    object_store_memory=object_store_mb * 2**20,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=folder,
+                )
+                return
+            except Exception as error:  # Ray raises bare Exception
+                ray.shutdown()
+                end(folder, grace=0)
+                if attempt == START_ATTEMPTS:
+                    raise RuntimeError(f"Ray did not start, in {attempt} attempts: {error}") from error
+    finally:
+        del os.environ[MARKER]
 
 
 class Endpoint:
@@ -158,7 +173,6 @@ def serve(*deployments: Deployment, port: int | None = None) -> Endpoint:
         have = int(ray.cluster_resources().get("CPU", 0))
         if need > have and not inside_ray():
             raise ValueError(f"{need} cores asked for (replicas x threads), and this Ray has {have}; ask for fewer")
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         _start(deployments, port, stack)
         url = f"http://{HOST}:{port}/v1"
         for name in names:
@@ -174,9 +188,16 @@ def _start(deployments: tuple[Deployment, ...], port: int, stack: ExitStack) -> 
     if ray_serve.status().applications:
         raise RuntimeError("this Ray serves already: close that endpoint, or give all deployments to one serve()")
     stack.callback(ray_serve.shutdown)
-    ray_serve.start(proxy_location="HeadOnly", http_options={"host": HOST, "port": port})
-    fields = [deployment.model_dump() for deployment in deployments]
-    ray_serve.run(build({"deployments": fields}), name=APP_NAME, route_prefix="/")
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    with _hushed("ray.serve"):
+        ray_serve.start(
+            proxy_location="HeadOnly", http_options={"host": HOST, "port": port}, logging_config=quiet
+        )
+        fields = [deployment.model_dump() for deployment in deployments]
+        try:
+            ray_serve.run(build({"deployments": fields}), name=APP_NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise RuntimeError(f"{', '.join(d.checkpoint for d in deployments)} did not come up: {error}") from error
 
 
 def reserve(port: int | None = None) -> tuple[int, socket.socket]:
@@ -257,6 +278,20 @@ def _end(watcher: subprocess.Popen[bytes]) -> None:
         watcher.wait(WATCHER_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         watcher.kill()
+
+
+@contextmanager
+def _hushed(logger: str) -> Iterator[None]:
+    """Keep a logger's remarks, warnings excepted, off the screen, whatever level it is set to meanwhile."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING
+
+    logging.getLogger(logger).addFilter(keep)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).removeFilter(keep)
 
 
 def _restore(environment: dict[str, str | None]) -> None:

@@ -49,21 +49,20 @@ def _alive(process: psutil.Process) -> bool:
         return False
 
 
-def clear(folder: str) -> None:
-    """End the processes of the Ray in this folder, then remove the folder.
+def end(folder: str, grace: float = GRACE_S) -> None:
+    """End the processes of the Ray in this folder. Those that are ending get ``grace`` seconds to do so.
 
-    Those that are ending get ``GRACE_S`` to do so. Each is killed by its own id, and never one of another Ray.
+    Each is killed by its own id, and never one of another Ray.
     """
     start = time.monotonic()
     while (left := processes(folder)) and time.monotonic() - start < GIVE_UP_S:
-        if time.monotonic() - start > GRACE_S:
+        if time.monotonic() - start > grace:
             for process in left:
                 try:
                     process.kill()  # psutil sees to it that the id has not been given to another process since
                 except psutil.Error:
                     continue
         time.sleep(0.1)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:
@@ -75,7 +74,8 @@ def main() -> None:
         readable, _, _ = select.select([sys.stdin], [], [], 0.5)
         if readable and not os.read(sys.stdin.fileno(), 1024):
             break
-    clear(sys.argv[1])
+    end(sys.argv[1])
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
 
 
 if __name__ == "__main__":

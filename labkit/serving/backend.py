@@ -58,10 +58,16 @@ Event = Refused | Accepted | Token | Finished
 
 @dataclass(frozen=True)
 class State:
-    """How busy one replica is: requests in its batch, requests that wait for a place in it."""
+    """What one replica is doing, and has done since it started.
+
+    running, waiting    requests in its batch now, and those that wait for a place in it
+    finished, cancelled requests that were answered to their end, and those whose client left before it
+    """
 
     running: int
     waiting: int
+    finished: int = 0
+    cancelled: int = 0
 
 
 class Unavailable(RuntimeError):
@@ -87,6 +93,7 @@ class EngineBackend:
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine, self.name, self.created = engine, name, int(time.time())
         self._stopped = False
+        self._finished = self._cancelled = 0
 
     async def generate(self, job: Job) -> AsyncGenerator[Event, None]:
         from labkit.serving.engine import EngineClosed
@@ -113,7 +120,8 @@ class EngineBackend:
         except ValueError as error:
             yield Refused(str(error))
             return
-        async with stream:  # leaving it, however that happens, frees the engine's slot
+        finished = False
+        try:
             yield Accepted(len(ids))
             async for token in stream:
                 # The token that ends a text is not part of the answer; what it set free is.
@@ -122,7 +130,12 @@ class EngineBackend:
             done = await stream.completed()
             if done.finish_reason == "cancelled":
                 raise Unavailable("the engine was stopped before the answer was complete; send the request again")
+            finished = True
             yield Finished(done.finish_reason, done.completion_tokens)
+        finally:  # however it is left, the engine's slot is free from its next step on
+            stream.cancel()
+            self._finished += finished
+            self._cancelled += not finished
 
     def check(self) -> None:
         """Raises Unavailable once the engine has turned a job away because its thread has ended."""
@@ -130,12 +143,12 @@ class EngineBackend:
             raise Unavailable("the engine was stopped")
 
     async def states(self) -> list[State]:
-        return [State(self.engine.running, self.engine.waiting)]
+        return [State(self.engine.running, self.engine.waiting, self._finished, self._cancelled)]
 
     def _ids(self, prompt: str | list[int] | list[dict[str, str]]) -> list[int]:
         tokenizer = self.engine.model.tokenizer
         if isinstance(prompt, str):
             return tokenizer.encode(prompt)
         if prompt and isinstance(prompt[0], dict):
-            return tokenizer.chat_ids(prompt)  # type: ignore[arg-type]
+            return tokenizer.encode(tokenizer.chat(prompt))  # type: ignore[arg-type]
         return list(prompt)  # type: ignore[arg-type]

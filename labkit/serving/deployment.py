@@ -26,7 +26,7 @@ class Deployment(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoint: str
-    name: str = Field("", pattern=r"^[A-Za-z0-9._/-]*$")
+    name: str = Field("", max_length=200)
     replicas: int = Field(1, ge=1)
     threads: int | None = Field(None, ge=1)
     max_batch: int = Field(8, ge=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_STOPS = 4
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -19,14 +19,24 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-StopText = Annotated[str, Field(min_length=1)]
+def _encodable(text: str) -> str:
+    # JSON can write half of a surrogate pair; no encoding of Unicode can, and no tokenizer takes it.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a surrogate pair at character {error.start} is not text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+StopText = Annotated[str, Field(min_length=1), AfterValidator(_encodable)]
 
 
 class _Request(BaseModel):
     """What completions and chat completions have in common."""
 
     model_config = STRICT
-    model: str
+    model: Text
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -87,7 +97,7 @@ class _Request(BaseModel):
 class CompletionRequest(_Request):
     """POST /v1/completions: go on from a text, or from token ids."""
 
-    prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    prompt: Text | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = False
 
@@ -117,7 +127,7 @@ class CompletionRequest(_Request):
 class TextPart(BaseModel):
     model_config = STRICT
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
@@ -125,7 +135,7 @@ class Message(BaseModel):
 
     model_config = STRICT
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it: ``developer`` is OpenAI's newer word for ``system``."""
