@@ -29,8 +29,15 @@ def _private_network() -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
+def _bundled_model() -> bool:
+    from labkit.models import fetch
+
+    return fetch.find() is not None
+
+
 # name: (is it there?, what to do where it is not)
 PARTS: dict[str, tuple[Callable[[], bool], str]] = {
+    "bundled model": (_bundled_model, "run `labkit models fetch`"),
     "chromium": (_command("chromium"), PACKAGES),
     "git": (_command("git"), "install git"),
     "make": (_command("make"), "install make"),

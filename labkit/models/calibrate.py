@@ -1,9 +1,10 @@
-"""What the layers see of the calibration text: their inputs' Hessians, gathered one decoder layer at a time.
+"""What the layers see of the calibration text: their inputs' Hessians, one decoder layer at a time.
 
-All windows go through the model together, a layer at a time, so memory holds the residual stream of every window and the
-inside of one layer, whatever the depth. A linear layer is visited once its whole input is known and before its output is
-computed: whoever visits may replace its weight, and everything after it, inside the same decoder layer too, then sees what
-the replaced weight makes of the text. That is GPTQ's true sequential order (q, k, v; o; gate, up; down) in a single pass.
+All windows go through the model together, a layer at a time, so memory holds the residual stream of every
+window and the inside of one layer, whatever the depth. A linear layer is visited once its whole input is
+known and before its output is computed: whoever visits may replace its weight, and everything after it,
+inside the same decoder layer too, then sees what the replaced weight makes of the text. That is GPTQ's true
+sequential order (q, k, v; o; gate, up; down) in a single pass.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Visit = Callable[[str, Linear, "Inputs"], None]
 class Inputs:
     """One input tensor (windows, tokens, in_features), and the statistics of it that somebody asked for.
 
-    q, k and v read the same input, as gate and up do: they share one of these, and its Hessian is computed once.
+    q, k and v read the same input, as gate and up do: they share one of these and its one Hessian.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -53,11 +54,12 @@ def walk(
     progress: bool | None = None,
     what: str = "calibrating",
 ) -> None:
-    """Send ``tokens`` (windows, tokens) through the model and call ``visit(name, linear, inputs)`` for each of ``layers``.
+    """Send ``tokens`` (windows, tokens) through the model and call ``visit(name, linear, inputs)`` for each
+    of ``layers``.
 
-    The walk ends after the last decoder layer that holds one of them. ``model`` gets hooks while it runs: give a copy
-    that nobody else is running (``shared_copy``). progress: a bar over decoder layers, called ``what``; None is
-    ``LABKIT_PROGRESS``.
+    The walk ends after the last decoder layer that holds one of them. ``model`` gets hooks while it runs:
+    give a copy that nobody else is running (``shared_copy``). progress: a bar over decoder layers, called
+    ``what``; None is ``LABKIT_PROGRESS``.
     """
     last: list[Inputs] = []
 
@@ -68,7 +70,9 @@ def walk(
 
     named = model.linears()
     hooks = [named[n].register_forward_pre_hook(partial(before, n)) for n in layers if n != "lm_head"]
-    inside = [i for i in range(len(model.blocks)) if any(n.startswith(f"model.layers.{i}.") for n in layers)]
+    inside = [
+        i for i in range(len(model.blocks)) if any(n.startswith(f"model.layers.{i}.") for n in layers)
+    ]
     depth = len(model.blocks) if "lm_head" in layers else max(inside, default=-1) + 1
     try:
         x, rotary, cache = model.begin(tokens)
@@ -76,7 +80,7 @@ def walk(
             x = block(x, rotary, cache)
             last.clear()
         if "lm_head" in layers:
-            # Its output, logits of every window at once, is of no use here and would be the largest tensor of all.
+            # Its output, the logits of every window at once, would be the largest tensor of all: left out.
             visit("lm_head", named["lm_head"], Inputs(model.model.norm(x)))
     finally:
         for hook in hooks:
@@ -86,14 +90,16 @@ def walk(
 def hessians(
     model: Llama, tokens: Tensor, layers: str = "model.layers.*", *, progress: bool | None = None
 ) -> dict[str, Stats]:
-    """The Hessian of each linear layer whose name matches the shell pattern ``layers``, as the model stands.
+    """The Hessian of each linear layer whose name matches the shell pattern ``layers``.
 
-    tokens: (windows, tokens) int64, for example of ``calibration_windows``. Layers with the same input share one
-    object. Raises ValueError when no name matches.
+    tokens: (windows, tokens) int64, for example of ``calibration_windows``. The model runs as it stands.
+    Layers with the same input share one object. Raises ValueError when no name matches.
     """
     names = [name for name in model.linears() if fnmatchcase(name, layers)]
     if not names:
-        raise ValueError(f"no linear layer matches {layers!r}; names are like {next(iter(model.linears()))}")
+        raise ValueError(
+            f"no linear layer matches {layers!r}; names are like {next(iter(model.linears()))}"
+        )
     found: dict[str, Stats] = {}
 
     def visit(name: str, linear: Linear, inputs: Inputs) -> None:
@@ -104,13 +110,20 @@ def hessians(
 
 
 def shared_copy(model: Llama) -> Llama:
-    """A model with modules of its own around the same tensors: giving a layer another weight leaves the original as it is."""
+    """A model with modules of its own around the same tensors.
+
+    Giving one of its layers another weight leaves the original as it is; writing into a tensor does not.
+    """
     kept: list[object] = [*model.parameters(), *model.buffers()]
-    kept += [m.weight for m in model.modules() if isinstance(m, Linear) and isinstance(m.weight, QuantizedTensor)]
+    kept += [
+        m.weight for m in model.modules() if isinstance(m, Linear) and isinstance(m.weight, QuantizedTensor)
+    ]
     memo = {id(thing): thing for thing in kept}
     if model._tokenizer is not None:
         memo[id(model._tokenizer)] = model._tokenizer
-    memo |= {id(m._prepared): None for m in model.modules() if isinstance(m, Linear) and m._prepared is not None}
+    memo |= {
+        id(m._prepared): None for m in model.modules() if isinstance(m, Linear) and m._prepared is not None
+    }
     return copy.deepcopy(model, memo)
 
 

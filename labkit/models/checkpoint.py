@@ -1,11 +1,11 @@
 """A quantized model as a folder: written whole or not at all, checked when read, made once and found again.
 
-    config.json            the architecture, as Hugging Face writes it, marked with quant_method "labkit"
-    tokenizer.json, tokenizer_config.json
-    model.safetensors      packed codes, scales and zero points as NAME.weight.codes, NAME.weight.scale, ...; layers left
-                           alone as NAME.weight in float32
-    labkit.json            format version, model, recipe with every option written out, seed, protocol hash, the spec of
-                           each layer, size and sha256 of model.safetensors, versions of the packages that made it
+config.json            the architecture, as Hugging Face writes it, marked with quant_method "labkit"
+tokenizer.json, tokenizer_config.json
+model.safetensors      packed codes, scales and zero points as NAME.weight.codes, NAME.weight.scale, ...;
+                       layers left alone as NAME.weight in float32
+labkit.json            format version, model, recipe with every option written out, seed, protocol hash,
+                       the spec of each layer, size and sha256 of model.safetensors, package versions
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from labkit.files import whole_folder
 from labkit.models.config import ModelConfig
 from labkit.models.llama import Llama
 from labkit.models.protocol import protocol_for
-from labkit.models.quantize import Made, fingerprint, quantize
+from labkit.models.quantize import Made, quantize
 from labkit.models.recipe import Recipe
 from labkit.models.store import MARKER, build
 from labkit.models.store import load as load_model
@@ -44,14 +44,16 @@ _PACKAGES = ("labkit", "torch", "safetensors", "tokenizers")
 
 
 def save(model: Llama, folder: Path | str, *, overwrite: bool = False) -> Path:
-    """Write a quantized model to ``folder``, which appears whole when all of it is on disk. Returns the folder.
+    """Write a quantized model to ``folder``, which appears whole, and return it.
 
-    Raises FileExistsError when the folder exists and ``overwrite`` is not set, ValueError for a model that ``quantize``
-    did not make or that has no tokenizer.
+    Raises FileExistsError when the folder exists and ``overwrite`` is not set, ValueError for a model that
+    ``quantize`` did not make or that has no tokenizer.
     """
     folder = Path(folder)
     if model.made is None:
-        raise ValueError(f"{model.name} is not quantized; a checkpoint holds what labkit.models.quantize returns")
+        raise ValueError(
+            f"{model.name} is not quantized; a checkpoint holds what labkit.models.quantize returns"
+        )
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, object]] = {}
     for name, linear in model.linears().items():
@@ -74,10 +76,10 @@ def save(model: Llama, folder: Path | str, *, overwrite: bool = False) -> Path:
         marker = {
             "format": FORMAT,
             "model": made.model,
+            "model_seed": made.model_seed,
             "recipe": made.recipe.to_dict(),
             "seed": made.seed,
             "propagate": made.propagate,
-            "base": made.base,
             "protocol": protocol.hash,
             "eos_ids": list(model.tokenizer.eos_ids),
             "weights": {"bytes": (part / WEIGHTS).stat().st_size, "sha256": _sha256(part / WEIGHTS)},
@@ -93,8 +95,8 @@ def save(model: Llama, folder: Path | str, *, overwrite: bool = False) -> Path:
 def load(folder: Path | str) -> Llama:
     """Read what ``save`` wrote: the same model, equal in every code and every float.
 
-    Raises FileNotFoundError when the folder or one of its files is missing, ValueError when a file is damaged, cut
-    short, from a newer labkit, or not a checkpoint at all. Nothing is executed while reading.
+    Raises FileNotFoundError when the folder or one of its files is missing, ValueError when a file is
+    damaged, cut short, from a newer labkit, or not a checkpoint at all. Nothing is executed while reading.
     """
     folder = Path(folder)
     marker = read_marker(folder)
@@ -103,9 +105,13 @@ def load(folder: Path | str) -> Llama:
             raise FileNotFoundError(f"checkpoint {folder} lacks {name}; make it again with labkit quantize")
     said, path = marker["weights"], folder / WEIGHTS
     if (size := path.stat().st_size) != said["bytes"]:
-        raise ValueError(f"{path} has {size} bytes, expected {said['bytes']}; it was cut short: make or copy it again")
+        raise ValueError(
+            f"{path} has {size} bytes, expected {said['bytes']}; it was cut short: make or copy it again"
+        )
     if (found := _sha256(path)) != said["sha256"]:
-        raise ValueError(f"{path} is damaged: sha256 {found[:12]}, expected {said['sha256'][:12]}; make or copy it again")
+        raise ValueError(
+            f"{path} is damaged: sha256 {found[:12]}, expected {said['sha256'][:12]}; make or copy it again"
+        )
     try:
         tensors = load_file(path)
         hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -116,10 +122,12 @@ def load(folder: Path | str) -> Llama:
             for name, metadata in marker["layers"].items()
         }
         recipe = Recipe.from_dict(marker["recipe"], where=f"{folder / MARKER}, recipe")
-        made = Made(marker["model"], recipe, marker["seed"], marker["propagate"], marker["base"])
+        made = Made(marker["model"], marker["model_seed"], recipe, marker["seed"], marker["propagate"])
         eos_ids = tuple(marker["eos_ids"])
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"checkpoint {folder} cannot be read ({error}); make it again with labkit quantize") from error
+        raise ValueError(
+            f"checkpoint {folder} cannot be read ({error}); make it again with labkit quantize"
+        ) from error
     # The shapes of the quantized layers are checked like all others, by tensors that hold no memory.
     stand_ins = {f"{name}.weight": torch.empty(1).expand(weight.shape) for name, weight in weights.items()}
     tokenizer = Tokenizer.from_folder(folder, eos_ids)
@@ -127,25 +135,41 @@ def load(folder: Path | str) -> Llama:
     linears = model.linears()
     for name, weight in weights.items():
         linears[name].weight = weight
-    model.made = made
+    model.seed, model.made = made.model_seed, made
     return model
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
-    """The content of a checkpoint's ``labkit.json``: what it is, without loading it. Raises as ``load`` does."""
+    """A checkpoint's ``labkit.json``: what it is, without loading it. Raises as ``load`` does."""
     path = folder / MARKER
     if not folder.is_dir():
-        raise FileNotFoundError(f"no checkpoint at {folder}; make one with labkit quantize --recipe ... --out {folder}")
+        raise FileNotFoundError(
+            f"no checkpoint at {folder}; make one with labkit quantize --recipe ... --out {folder}"
+        )
     if not path.exists():
         raise FileNotFoundError(f"{folder} is no labkit checkpoint: it has no {MARKER}")
     try:
         marker = json.loads(path.read_text(encoding="utf-8"))
         version = marker["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or not labkit's ({error!r}); make the checkpoint again") from error
+        raise ValueError(
+            f"{path} is damaged or not labkit's ({error!r}); make the checkpoint again"
+        ) from error
     if version != FORMAT:
-        raise ValueError(f"{path} has format {version!r}, this labkit reads format {FORMAT}; make it again or update labkit")
-    needed = {"model", "recipe", "seed", "propagate", "base", "protocol", "eos_ids", "weights", "layers"}
+        raise ValueError(
+            f"{path} has format {version!r}, this labkit reads {FORMAT}; make it again or update labkit"
+        )
+    needed = {
+        "model",
+        "model_seed",
+        "recipe",
+        "seed",
+        "propagate",
+        "protocol",
+        "eos_ids",
+        "weights",
+        "layers",
+    }
     if missing := needed - set(marker):
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; make the checkpoint again")
     return marker
@@ -154,12 +178,13 @@ def read_marker(folder: Path) -> dict[str, Any]:
 def checkpoint_for(
     recipe: Recipe | str, *, model: str | None = None, seed: int = 0, progress: bool | None = None
 ) -> Path:
-    """The folder of the checkpoint that ``recipe`` makes of ``model``: made once in the cache, found again afterwards.
+    """The folder of the checkpoint that ``recipe`` makes of ``model``: made once, found again afterwards.
 
-    model: as ``load`` takes it, None for ``LABKIT_MODEL``. seed: of off-grid factors and calibration windows alike.
-    What is kept is found by the recipe with all its options, the model's weights, the seed, the code of the quantizers
-    and the version of torch, first in ``LABKIT_SHARED_CACHE``. Several processes may ask at once: one makes it, the
-    others wait. Raises as ``load`` and ``quantize`` do.
+    model: as ``load`` takes it, None for ``LABKIT_MODEL``. seed: of off-grid factors and calibration
+    windows alike. A checkpoint is found by the recipe with all its options, the model's weights, the seed,
+    the code of the quantizers and the version of torch, in ``LABKIT_SHARED_CACHE`` first, then in the
+    cache. Several processes may ask at once: one makes it, the others wait. Raises as ``load`` and
+    ``quantize`` do.
     """
     recipe = Recipe.load(recipe) if isinstance(recipe, str) else recipe
     original = load_model(model, seed=seed)
@@ -173,7 +198,8 @@ def checkpoint_for(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder.parent / f".{name}.lock"):
         if not (folder / MARKER).exists():
-            for left in folder.parent.glob(f".{name}.*.part"):  # of makers that were killed; none is alive: we hold the lock
+            # Left by makers that were killed: while we hold the lock, none of them is alive.
+            for left in folder.parent.glob(f".{name}.*.part"):
                 shutil.rmtree(left, ignore_errors=True)
             save(quantize(original, recipe, seed=seed, progress=progress), folder, overwrite=True)
     return folder
@@ -181,16 +207,27 @@ def checkpoint_for(
 
 def _key(recipe: Recipe, model: Llama, seed: int) -> str:
     tree = {key: value for key, value in recipe.to_dict().items() if key != "name"}
-    digest = hashlib.sha256(json.dumps([FORMAT, tree, fingerprint(model), seed, torch.__version__]).encode())
+    digest = hashlib.sha256(json.dumps([FORMAT, tree, seed, torch.__version__]).encode() + _sample(model))
     sources = sorted(Path(labkit.quant.__file__).parent.glob("*.py"))
-    sources += [Path(__file__).with_name(f"{part}.py") for part in ("calibrate", "protocol", "quantize", "texts")]
+    sources += [
+        Path(__file__).with_name(f"{part}.py") for part in ("calibrate", "protocol", "quantize", "texts")
+    ]
     for path in sources:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:10]
 
 
+def _sample(model: Llama) -> bytes:
+    """A thousand elements of each tensor of the model: other weights, another sample."""
+    parts = [repr(model.config).encode()]
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().reshape(-1)
+        parts += [name.encode(), flat[:: max(1, len(flat) // 1000)].float().numpy().tobytes()]
+    return b"".join(parts)
+
+
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Move the tensors whose name starts with ``prefix`` out of ``tensors``, under the rest of their names."""
+    """Move the tensors whose name starts with ``prefix`` out of ``tensors``, named by the rest."""
     names = [name for name in tensors if name.startswith(prefix)]
     return {name.removeprefix(prefix): tensors.pop(name) for name in names}
 

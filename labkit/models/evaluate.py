@@ -1,7 +1,8 @@
 """``evaluate``: how far a model's predictions are from its reference's, by the frozen protocol.
 
-Everything here is exact float32: codes are dequantized, once per layer and pass, and multiplied by torch's own float32
-matmul. The fast kernels round activations to bfloat16, which is a property of the server and not of the quantization.
+Everything here is exact float32: codes are dequantized, once per layer and pass, and multiplied by torch's
+own float32 matmul. The fast kernels round activations to bfloat16, which is a property of the server and
+not of the quantization.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch import Tensor
 from labkit.models.calibrate import bar, shared_copy
 from labkit.models.llama import Linear, Llama
 from labkit.models.protocol import Protocol, protocol_for
-from labkit.models.quantize import fingerprint
 from labkit.models.store import load
 
 
@@ -31,7 +31,8 @@ class Report:
     perplexity             exp of the mean negative log-likelihood, nats per token, of the scored tokens
     kl                     mean KL(reference || model) over the full vocabulary, nats per token
     top1                   share of scored positions at which both put the same token first
-    bits_per_weight        over the quantized layers (all linear layers of a model that has none), scales and zeros counted
+    bits_per_weight        over the quantized layers, scales and zero points counted; over all linear
+                           layers of a model that has none
     bits_per_weight_model  over all of the model's weights
     bytes                  of the weights, as the checkpoint's file stores them
     windows                how many were evaluated
@@ -81,12 +82,12 @@ def evaluate(
 ) -> Report:
     """Measure one model against its reference; ``compare`` does it for several.
 
-    reference  None: the model that the quantized one was made from, loaded by its name and seed; an unquantized model
-               is its own reference (KL 0)
+    reference  None: the model that the quantized one was made from, loaded by its name and seed; an
+               unquantized model is its own reference (KL 0)
     protocol   "full" (32 windows of 256 tokens), "lesson" (8 of them) or a Protocol
     progress   a bar over decoder layers; None is ``LABKIT_PROGRESS``
 
-    Raises ValueError when the two have different vocabularies, or the model was made from another reference.
+    Raises ValueError when the vocabularies differ or the model was made from another reference.
     """
     return compare([model], reference, protocol, progress)[0]
 
@@ -100,8 +101,9 @@ def compare(
 ) -> list[Report]:
     """Measure several models against one reference, whose pass through the decoder is made once.
 
-    ``models`` may be a generator: each is asked for when its turn comes. What is kept of a pass is the normed residual
-    stream, (windows, tokens, hidden); logits exist for one window at a time. The rest is as in ``evaluate``.
+    ``models`` may be a generator: each is asked for when its turn comes. What is kept of a pass is the
+    normed residual stream, (windows, tokens, hidden); logits exist for one window at a time. The rest is
+    as in ``evaluate``.
     """
     reports: list[Report] = []
     known: Tensor | None = None
@@ -139,13 +141,21 @@ def compare(
 def reference_of(model: Llama) -> Llama:
     """The unquantized model that a quantized one was made from; an unquantized model itself.
 
-    Raises what ``load`` raises when its name is not found any more.
+    Raises what ``load`` raises when it is not found by its name any more.
     """
-    return model if model.made is None else load(model.made.model, seed=model.made.seed)
+    if model.made is None:
+        return model
+    try:
+        return load(model.made.model, seed=model.made.model_seed)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the model {model.made.model!r} that this one was made from is not found by its name; "
+            "load it from where it lies and give it as the reference (labkit eval: --model FOLDER)"
+        ) from error
 
 
 def sizes(model: Llama) -> tuple[float, float, int]:
-    """(bits per weight over the quantized layers, over the model, bytes of all weights as a file stores them).
+    """Bits per weight over the quantized layers, over the model, and bytes of all weights in a file.
 
     A tied head is counted once. A model without quantized layers gives the bits of its linear layers.
     """
@@ -168,15 +178,16 @@ def _check_pair(model: Llama, reference: Llama) -> None:
             f"{model.name} has {model.config.vocab_size} tokens, its reference {reference.name} has "
             f"{reference.config.vocab_size}; compare a model with the one it was made from"
         )
-    if model.made and model.made.base != (base := fingerprint(reference)):
+    made = model.made
+    if made and (made.model, made.model_seed) != (reference.name, reference.seed):
         raise ValueError(
-            f"the model was made from {model.made.model} (weights {model.made.base}, seed {model.made.seed}), the "
-            f"reference is {reference.name} with weights {base}; load the reference with the same seed"
+            f"the model was made from {made.model} with off-grid seed {made.model_seed}, the reference is "
+            f"{reference.name} with {reference.seed}; load the reference by the same name and seed"
         )
 
 
 def _final(model: Llama, tokens: Tensor, what: str, progress: bool | None) -> Tensor:
-    """The normed residual stream after the last layer, (windows, tokens, hidden), all windows a layer at a time."""
+    """The normed residual stream after the last layer, (windows, tokens, hidden)."""
     work = shared_copy(model)
     x, rotary, cache = work.begin(tokens)
     for block in bar(list(work.blocks), f"evaluating {what}", progress):

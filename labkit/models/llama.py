@@ -236,6 +236,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None, name: str = "") -> None:
         super().__init__()
         self.config, self.name = config, name
+        self.seed: int | None = None  # of the factors that ``off_grid`` folded in; None where it was not
         self.made: Made | None = None  # how ``quantize`` made it; None for a model as it was loaded
         self._tokenizer = tokenizer
         self.model = Body(config)

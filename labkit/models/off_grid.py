@@ -25,4 +25,5 @@ def off_grid(model: Llama, seed: int = 0) -> Llama:
     for site in sites(model).values():
         exponent = torch.rand(site.channels, generator=generator) * 2 - 1  # in [-1, 1)
         fold(site, torch.exp(exponent * math.log(LARGEST)))
+    model.seed = seed
     return model

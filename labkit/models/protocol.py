@@ -1,8 +1,9 @@
 """Which text is measured, which calibrates, and the frozen file that pins the first down to its token ids.
 
-The book is cut by chapters: the first 60 % calibrate, the last 20 % are evaluated, and the 20 % between keep them apart.
-Evaluation windows depend on the tokenizer alone, never on a seed. For SmolLM2's tokenizer they are frozen in
-``data/protocol/smollm2.json``; for any other they are drawn by the same rule, and have a hash of their own.
+The book is cut by chapters: the first 60 % calibrate, the last 20 % are evaluated, and the 20 % between
+keep them apart. Evaluation windows depend on the tokenizer alone, never on a seed. For SmolLM2's tokenizer
+they are frozen in ``data/protocol/smollm2.json``; for any other they are drawn by the same rule, and have a
+hash of their own.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Protocol:
     windows    the token ids, as many tuples as there are windows, all of one length
     text       sha256 of the text they are taken from
     tokenizer  fingerprint of the tokenizer that made the ids
-    positions  which positions of a window are scored, from the first up to but not including the second: position t
-               gives the distribution of token t + 1, which perplexity looks up
+    positions  which positions of a window are scored, from the first up to but not including the second:
+               position t gives the distribution of token t + 1, which perplexity looks up
     dtype      the arithmetic of the model and of the logits
     kl         the divergence and its unit
     """
@@ -52,7 +53,7 @@ class Protocol:
 
     @property
     def hash(self) -> str:
-        """Twelve hex digits that change with anything that is measured or how; every report carries them."""
+        """Twelve hex digits that change with what is measured and how; every report carries them."""
         text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -75,17 +76,19 @@ class Protocol:
 
     @classmethod
     def from_file(cls, path: Path) -> Protocol:
-        """Read a protocol. Raises ValueError when the file is not one, or its content does not have the hash it says."""
+        """Read a protocol. Raises ValueError when the file is not one, or was changed after its hash."""
         try:
             tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             said = tree.pop("hash")
             windows = tuple(tuple(window) for window in tree.pop("windows"))
             protocol = cls(windows=windows, positions=tuple(tree.pop("positions")), **tree)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no evaluation protocol of labkit ({error}); restore it with git") from error
+            raise ValueError(
+                f"{path} is no evaluation protocol of labkit ({error}); restore it with git"
+            ) from error
         if protocol.hash != said:
             raise ValueError(
-                f"{path} says hash {said}, its content has {protocol.hash}: it was changed; restore it with git"
+                f"{path} says hash {said}, its content has {protocol.hash}; restore it with git"
             )
         return protocol
 
@@ -103,7 +106,7 @@ def evaluation_chapters() -> list[Chapter]:
 
 
 def calibration_windows(tokenizer: Tokenizer, count: int, tokens: int, seed: int) -> Tensor:
-    """``count`` windows of ``tokens`` tokens, int64 (count, tokens), drawn by seed, none overlapping another.
+    """``count`` windows of ``tokens`` tokens, int64 (count, tokens), drawn by seed; none overlap.
 
     Raises ValueError when the text does not hold so many.
     """
@@ -111,7 +114,7 @@ def calibration_windows(tokenizer: Tokenizer, count: int, tokens: int, seed: int
     whole = stream[: len(stream) // tokens * tokens].view(-1, tokens)  # (available, tokens)
     if count > len(whole):
         raise ValueError(
-            f"asked for {count} calibration windows of {tokens} tokens; the text holds {len(whole)}: ask for fewer"
+            f"asked for {count} calibration windows of {tokens} tokens; the text holds {len(whole)}"
         )
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
     return whole[order[:count]].clone()
@@ -150,7 +153,7 @@ def protocol_for(tokenizer: Tokenizer, which: str = "full") -> Protocol:
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """What a tokenizer makes of the book's first chapter, as sixteen hex digits: equal for equal behaviour."""
+    """What a tokenizer makes of the book's first chapter, as sixteen hex digits."""
     ids = tokenizer.encode(chapters()[0].text)
     return hashlib.sha256(json.dumps([tokenizer.vocab_size, ids]).encode()).hexdigest()[:16]
 

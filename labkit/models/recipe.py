@@ -3,13 +3,14 @@
     name: w4a16-gptq-g64
     calibration: {windows: 32, tokens: 256}
     rules:
-      - match: model.layers.*            # shell pattern over Hugging Face layer names; the first that matches wins
-        weight: int4 g64 asym            # a QuantSpec, or keep
+      - match: model.layers.*    # shell pattern over Hugging Face names; the first that matches wins
+        weight: int4 g64 asym    # a QuantSpec, or keep
         method: gptq
         options: {act_order: true}
 
-A recipe's name follows the field: w4a16-gptq-g64 has 4-bit weights, activations that are not quantized (16-bit floats on
-most GPUs, float32 here), GPTQ, groups of 64. ``str(recipe)`` writes out everything that such a name leaves open.
+A recipe's name follows the field: w4a16-gptq-g64 has 4-bit weights, activations that are not quantized
+(16-bit floats on most GPUs, float32 here), GPTQ, groups of 64. ``str(recipe)`` writes out everything that
+such a name leaves open.
 """
 
 from __future__ import annotations
@@ -49,10 +50,12 @@ class Rule:
         if (self.weight is None) != (self.method is None):
             raise ValueError(
                 f"rule {self.match!r}: a weight spec and a method come together, found weight "
-                f"{self.weight or KEEP} and method {self.method}; give both, or neither to leave the layers alone"
+                f"{self.weight or KEEP} and method {self.method}; give both or neither"
             )
         if self.weight is None and self.options:
-            raise ValueError(f"rule {self.match!r} leaves its layers alone, yet has options {dict(self.options)}")
+            raise ValueError(
+                f"rule {self.match!r} leaves its layers alone, yet has options {dict(self.options)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Rules in order. The first rule that matches a layer's name wins; a layer that none matches is left alone."""
+    """Rules in order: the first that matches a layer's name wins. What none matches is left alone."""
 
     rules: tuple[Rule, ...]
     name: str = "unnamed"
@@ -89,19 +92,23 @@ class Recipe:
             path = _FOLDER / f"{text}.yaml"
             if not path.exists():
                 raise FileNotFoundError(
-                    f"no recipe {text!r}; labkit has {', '.join(names())}; a file of your own is given by its path"
+                    f"no recipe {text!r}; labkit has {', '.join(names())}; your own is given by its path"
                 )
         try:
             content = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise FileNotFoundError(f"no recipe file {path}; labkit's own are {', '.join(names())}") from None
+            raise FileNotFoundError(
+                f"no recipe file {path}; labkit's own are {', '.join(names())}"
+            ) from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"recipe {path}: expected YAML text, found bytes that are not UTF-8 ({error})") from None
+            raise ValueError(
+                f"recipe {path}: expected YAML text, found bytes that are not UTF-8 ({error})"
+            ) from None
         return cls.parse(content, where=str(path), name=path.stem)
 
     @classmethod
     def parse(cls, text: str, *, where: str = "recipe", name: str = "unnamed") -> Recipe:
-        """A recipe from its YAML text. ``where`` stands in error messages, ``name`` is used if the text has none.
+        """A recipe from its YAML text. ``where`` stands in errors; ``name`` is used if the text has none.
 
         Raises ValueError for text that is no YAML, an unknown or missing key, a spec that does not parse.
         """
@@ -148,8 +155,8 @@ class Recipe:
     def plan(self, layers: Collection[str], methods: Mapping[str, Method] = METHODS) -> dict[str, Rule]:
         """Which rule quantizes which layer, for the layers that are quantized, in the order given.
 
-        Raises ValueError before any work is done for a method that ``methods`` lacks, an option that the method does
-        not take, a quantizing rule that matches none of the layers, and a recipe that quantizes nothing.
+        Raises ValueError before any work is done for a method that ``methods`` lacks, an option that the
+        method does not take, a quantizing rule that matches no layer, and a recipe that quantizes nothing.
         """
         for rule in self.rules:
             if rule.method is None:
@@ -162,13 +169,13 @@ class Recipe:
             known = defaults(methods[rule.method])
             if known is not None and (unknown := set(rule.options) - set(known)):
                 raise ValueError(
-                    f"recipe {self.name}: method {rule.method!r} has no option {', '.join(sorted(unknown))}; it takes "
-                    f"{', '.join(sorted(known)) or 'none'}"
+                    f"recipe {self.name}: method {rule.method!r} has no option "
+                    f"{', '.join(sorted(unknown))}; it takes {', '.join(sorted(known)) or 'none'}"
                 )
             if not any(fnmatchcase(layer, rule.match) for layer in layers):
                 raise ValueError(
-                    f"recipe {self.name}: rule {rule.match!r} matches no linear layer of the model, whose names are "
-                    f"like {', '.join(list(layers)[:2])}; correct the pattern or remove the rule"
+                    f"recipe {self.name}: rule {rule.match!r} matches no linear layer of the model, whose "
+                    f"names are like {', '.join(list(layers)[:2])}; correct the pattern or remove the rule"
                 )
         plan = {}
         for layer in layers:
@@ -176,7 +183,9 @@ class Recipe:
             if rule_ is not None and rule_.weight is not None:
                 plan[layer] = rule_
         if not plan:
-            raise ValueError(f"recipe {self.name} quantizes no layer; add a rule with a weight spec and a method")
+            raise ValueError(
+                f"recipe {self.name} quantizes no layer; add a rule with a weight spec and a method"
+            )
         return plan
 
     @property
@@ -225,7 +234,7 @@ def defaults(method: Method) -> dict[str, Any] | None:
 
 
 def expand(rule: Rule) -> dict[str, Any]:
-    """A rule's options together with its method's defaults, by name. What is None (switched off) is left out."""
+    """A rule's options together with its method's defaults, by name; what is None is left out."""
     known = defaults(METHODS[rule.method]) if rule.method in METHODS else None
     options = {**(known or {}), **rule.options}
     return {key: options[key] for key in sorted(options) if options[key] is not None}
@@ -254,9 +263,11 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -283,7 +294,9 @@ def _keys(tree: Any, *, required: Collection[str] = (), optional: Collection[str
     if not isinstance(tree, dict):
         raise ValueError(f"{where}: expected a mapping with {known}, found {tree!r}")
     if unknown := set(tree) - {*required, *optional}:
-        raise ValueError(f"{where}: unknown key {', '.join(map(repr, sorted(map(str, unknown))))}; known are {known}")
+        raise ValueError(
+            f"{where}: unknown key {', '.join(map(repr, sorted(map(str, unknown))))}; known are {known}"
+        )
     if missing := set(required) - set(tree):
         raise ValueError(f"{where}: {', '.join(sorted(missing))} missing; a recipe needs it")
 

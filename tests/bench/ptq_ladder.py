@@ -1,9 +1,9 @@
-"""The ladder of post-training recipes on the bundled model: full protocol, three seeds, paired within a seed.
+"""The ladder of post-training recipes on the bundled model, over three seeds, paired within a seed.
 
     python tests/bench/ptq_ladder.py --out data/measurements/ptq_ladder.json
 
-A seed draws the off-grid factors and the calibration windows anew; the evaluation windows never change. The file is written
-anew after every seed. About seven minutes a seed on two cores.
+A seed draws the off-grid factors and the calibration windows anew; the evaluation windows never change. The
+file is written anew after every seed. About seven minutes a seed on two cores.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ ABLATED = f"{ABLATION}, propagate=False"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--protocol", choices=["full", "lesson"], default="full")
@@ -58,7 +60,9 @@ def main() -> None:
         original = models.load(args.model, seed=seed)
         seconds: list[float] = []
 
-        def quantized(original: models.Llama = original, seed: int = seed, seconds: list[float] = seconds) -> Any:
+        def quantized(
+            original: models.Llama = original, seed: int = seed, seconds: list[float] = seconds
+        ) -> Any:
             yield original
             for name, propagate in [*((name, True) for name in LADDER), (ABLATION, False)]:
                 start = time.perf_counter()
@@ -71,8 +75,11 @@ def main() -> None:
         for name, report, spent in zip(names, reports, [0.0, *seconds], strict=True):
             row = {"seed": seed, **report.to_dict(), "recipe": name, "quantize_seconds": round(spent, 1)}
             rows.append(row)
-            print(f"seed {seed}  {name:36} ppl {report.perplexity:7.2f}  KL {report.kl:.4f}  top1 {report.top1:.3f}  "
-                  f"{spent:5.1f} s", flush=True)
+            print(
+                f"seed {seed}  {name:36} ppl {report.perplexity:7.2f}  KL {report.kl:.4f}  "
+                f"top1 {report.top1:.3f}  {spent:5.1f} s",
+                flush=True,
+            )
         with whole_file(args.out) as part:
             part.write_text(json.dumps(record(args, rows), indent=1) + "\n", encoding="utf-8")
             part.chmod(0o644)
@@ -91,14 +98,18 @@ def record(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, An
             entry[key] = {"by_seed": differences, "mean": statistics.mean(differences), "stdev": spread}
         pairs.append(entry)
     flags = f" --model {args.model}" if args.model else ""
+    if seeds != [0, 1, 2]:
+        flags += f" --seeds {' '.join(map(str, seeds))}"
     flags += f" --protocol {args.protocol}" if args.protocol != "full" else ""
     return {
-        "what": "post-training quantization of the bundled model: KL, perplexity and top-1 by the frozen protocol",
+        "what": "post-training quantization: KL, perplexity and top-1 by the frozen protocol",
         "command": f"python tests/bench/ptq_ladder.py --out data/measurements/{args.out.name}{flags}",
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",
+        "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in ("labkit", "torch", "tokenizers")}
         | {"python": platform.python_version()},
+        "seconds": "wall clock; longer where other work shared the machine",
         "licence": "CC0-1.0",
         "seeds": seeds,
         "rows": rows,

@@ -1,0 +1,162 @@
+"""Recipes: what YAML is taken, which rule wins, and what the expansion says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from labkit.models.recipe import Calibration, Recipe, Rule, names
+from labkit.quant import METHODS, QuantSpec
+
+LAYERS = [
+    f"model.layers.{i}.{part}"
+    for i in range(2)
+    for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+] + ["lm_head"]
+
+SHIPPED = {  # name: (spec, method, act_order), as the name says
+    "w8a16-rtn-channel": ("int8 channel", "rtn", None),
+    "w4a16-rtn-channel": ("int4 channel asym", "rtn", None),
+    "w4a16-rtn-g64": ("int4 g64 asym", "rtn", None),
+    "w4a16-gptq-g64": ("int4 g64 asym", "gptq", False),
+    "w4a16-gptq-g64-actorder": ("int4 g64 asym", "gptq", True),
+    "w3a16-rtn-g64": ("int3 g64 asym", "rtn", None),
+    "w3a16-gptq-g64": ("int3 g64 asym", "gptq", False),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_does_what_its_name_says(name: str) -> None:
+    recipe = Recipe.load(name)
+    spec, method, act_order = SHIPPED[name]
+    plan = recipe.plan(LAYERS)
+    assert recipe.name == name
+    assert list(plan) == LAYERS[:-1]  # the head is left alone
+    assert {str(rule.weight) for rule in plan.values()} == {spec}
+    assert {rule.method for rule in plan.values()} == {method}
+    assert plan[LAYERS[0]].options.get("act_order") == act_order
+
+
+def test_names_lists_what_ships() -> None:
+    assert set(names()) >= set(SHIPPED)
+
+
+def test_the_first_rule_that_matches_wins() -> None:
+    recipe = Recipe.parse(
+        """
+        rules:
+          - {match: "*.1.*.q_proj", weight: keep}
+          - {match: "*.q_proj", weight: int8 channel, method: rtn}
+          - {match: "model.layers.*", weight: int4 g64, method: rtn}
+        """
+    )
+    plan = recipe.plan(LAYERS)
+    found = {name: str(rule.weight) for name, rule in plan.items()}
+    assert found == {
+        "model.layers.0.self_attn.q_proj": "int8 channel",
+        "model.layers.0.self_attn.o_proj": "int4 g64",
+        "model.layers.0.mlp.down_proj": "int4 g64",
+        "model.layers.1.self_attn.o_proj": "int4 g64",
+        "model.layers.1.mlp.down_proj": "int4 g64",
+    }
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_expansion_is_the_recipe_again(name: str) -> None:
+    recipe = Recipe.load(name)
+    again = Recipe.parse(str(recipe))
+    assert again.to_dict() == recipe.to_dict()
+    assert str(again) == str(recipe)
+    assert Recipe.from_dict(recipe.to_dict()) == again
+
+
+def test_the_expansion_leaves_nothing_open() -> None:
+    text = str(Recipe.load("w4a16-gptq-g64"))
+    for said in (
+        r"weight: int4 g64 asym +# each row, 64 columns share one fp16 scale; one zero point, an integer",
+        r"act_order: false",
+        r"damp: 0.01",
+        r"static_groups: false",
+        r"observer: minmax",
+        r"windows: 32, tokens: 256",
+        r"match: lm_head\n  weight: keep",
+        r"match: model.embed_tokens\n  weight: keep",
+        r"activations are not quantized",
+    ):
+        assert re.search(said, text), f"{said} is missing from\n{text}"
+    assert "symmetric, no zero point" in str(Recipe.load("w8a16-rtn-channel"))
+    assert "not used" in str(Recipe.load("w8a16-rtn-channel"))  # the calibration, of a method without
+
+
+def test_the_expansion_takes_defaults_from_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(weight, spec, stats=None, *, damp=0.5, steps=7):  # type: ignore[no-untyped-def]
+        raise AssertionError
+
+    monkeypatch.setitem(METHODS, "gptq", other)
+    recipe = Recipe(rules=(Rule("*", QuantSpec.parse("int4 g64"), "gptq", {"damp": 0.25}),))
+    assert recipe.to_dict()["rules"][0]["options"] == {"damp": 0.25, "steps": 7}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("rules: [", "not valid YAML"),
+        ("", "expected a mapping"),
+        ("- a", "expected a mapping"),
+        ("rules: []", "at least one rule"),
+        ("rule: 1", "unknown key 'rule'; known are calibration, name, rules"),
+        ("name: x", "rules missing"),
+        ("rules: [{match: '*', weight: int9 g64, method: rtn}]", "rule 1: .*int9"),
+        ("rules: [{match: '*', weight: int4 gg, method: rtn}]", "rule 1: .*gg"),
+        ("rules: [{match: '*', weight: 4, method: rtn}]", "weight must be a text, found 4"),
+        ("rules: [{match: '*', weight: int4 g64}]", "come together"),
+        ("rules: [{match: '*', weight: keep, method: rtn}]", "come together"),
+        ("rules: [{match: '*', weight: keep, options: {damp: 1}}]", "leaves its layers alone"),
+        ("rules: [{match: '*', wieght: keep}]", "unknown key 'wieght'"),
+        ("rules: [{weight: keep}]", "match missing"),
+        ("rules: [{match: '*', weight: int4 g64, method: rtn, options: 3}]", "options must be a mapping"),
+        ("rules: [{match: '*', weight: keep}]\nrules: []", "'rules' stands twice"),
+        ("calibration: {windows: 0}\nrules: [{match: '*', weight: keep}]", "windows must be a positive"),
+        ("calibration: {windows: true}\nrules: [{match: '*', weight: keep}]", "windows must be a positive"),
+        ("calibration: {window: 1}\nrules: [{match: '*', weight: keep}]", "unknown key 'window'"),
+        ("name: 3\nrules: [{match: '*', weight: keep}]", "name must be a text"),
+    ],
+)
+def test_bad_yaml_is_refused_with_what_is_wrong(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        Recipe.parse(text, where="mine.yaml")
+    assert "mine.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ("{match: '*', weight: int4 g64, method: rtm}", "asks for method 'rtm'; there is gptq, rtn"),
+        (
+            "{match: '*', weight: int4 g64, method: gptq, options: {dmap: 1}}",
+            "no option dmap; it takes act_order",
+        ),
+        ("{match: layers.0, weight: int4 g64, method: rtn}", "matches no linear layer"),
+        ("{match: '*', weight: keep}", "quantizes no layer"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_refused_before_the_work(rules: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Recipe.parse(f"rules: [{rules}]").plan(LAYERS)
+
+
+def test_files_by_path(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("calibration: {windows: 3}\nrules: [{match: '*', weight: nf4 b64, method: rtn}]")
+    recipe = Recipe.load(path)
+    assert recipe.name == "mine"
+    assert recipe.calibration == Calibration(windows=3, tokens=256)
+    with pytest.raises(FileNotFoundError, match="no recipe file"):
+        Recipe.load(tmp_path / "other.yaml")
+    with pytest.raises(FileNotFoundError, match="w4a16-gptq-g64"):
+        Recipe.load("w4a16-gtpq-g64")
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="UTF-8"):
+        Recipe.load(path)
