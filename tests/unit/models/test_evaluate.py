@@ -210,8 +210,8 @@ def test_the_command_prints_one_json_object(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["eval", str(folder), "--json", "--lesson"], catch_exceptions=False)
     report = json.loads(found.stdout)
     assert list(report) == [
-        "model", "recipe", "perplexity", "kl", "top1", "bits_per_weight", "bits_per_weight_model", "bytes", "windows",
-        "protocol", "seconds",
+        "model", "recipe", "perplexity", "kl", "top1", "bits_per_weight", "bits_per_weight_model", "bytes",
+        "windows", "protocol", "seconds",
     ]  # fmt: skip
     assert (report["model"], report["recipe"], report["windows"]) == ("tiny", "w4a16-rtn-g64", 8)
     assert report["bits_per_weight"] == 4.3125

@@ -25,7 +25,7 @@ def tiny() -> models.Llama:
 
 
 def hessians_by_brute_force(model: models.Llama, tokens: Tensor, propagate: bool) -> dict[str, Tensor]:
-    """For each linear in turn: run the whole model on the text, look at that layer's input, then quantize it.
+    """For each linear in turn: run the whole model on the text, look at its input, then quantize it.
 
     A pass for every layer, a window at a time; nothing is shared between layers and nothing is remembered.
     """
