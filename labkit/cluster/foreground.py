@@ -23,7 +23,8 @@ class Stop(BaseException):
 
 
 def serve_until_stopped(*deployments: Deployment, port: int | None = None) -> None:
-    """Serve, print ``ready URL`` as the only line on stdout, and stop when told to or when the parent process ends.
+    """Serve, print ``ready URL`` as the only line on stdout, and stop when told to or when the parent
+    process ends.
 
     Raises what ``serve`` raises. To be called from the main thread: it takes over the signals.
     """
@@ -58,8 +59,8 @@ def _listen() -> None:
 def _end_with_parent() -> None:
     """Send this process SIGTERM when the one that started it ends.
 
-    By looking, not by PR_SET_PDEATHSIG: Linux sends that when the *thread* that started us ends, and a server started
-    from a worker thread should outlive the thread.
+    By looking, not by PR_SET_PDEATHSIG: Linux sends that when the *thread* that started us ends, and a
+    server started from a worker thread should outlive the thread.
     """
     parent = os.getppid()
 

@@ -24,7 +24,8 @@ from labkit.serving.deployment import Deployment
 
 HOST = "127.0.0.1"
 SOCKET_PATH_LIMIT = 103  # bytes; macOS allows 104 with the closing zero, Linux 108
-# What Ray puts behind its folder: session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store, pid up to 7 digits.
+# What Ray puts behind its folder: session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store, pid up
+# to 7 digits.
 SOCKET_SUFFIX = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
 OBJECT_STORE_MB = 256  # of /dev/shm; Ray spills to its folder beyond that, and refuses less than 75
 START_ATTEMPTS = 3
@@ -37,8 +38,9 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # On two busy cores the HTTP proxy takes longer than the 5 s that Serve gives it.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    # Ray listens on the machine's address, not on loopback alone: without a secret, anybody who reaches it can run code
-    # as this user. ray.init asks for one by itself (RAY_AUTH_MODE=token); given here, none is written to the home folder.
+    # Ray listens on the machine's address, not on loopback alone: without a secret, anybody who reaches
+    # it can run code as this user. ray.init asks for one by itself (RAY_AUTH_MODE=token); given here,
+    # none is written to the home folder.
     "RAY_AUTH_TOKEN": _TOKEN,
     "RAY_DEDUP_LOGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -54,10 +56,11 @@ def inside_ray() -> bool:
 def ray_session(*, cores: int | None = None, object_store_mb: int = OBJECT_STORE_MB) -> Iterator[None]:
     """Ray for the length of a ``with`` block. The only place in the lab that calls ``ray.init``.
 
-    Inside a Ray job or pod it joins that cluster, and where this process is connected already it uses that; both are
-    left as they were. Everywhere else it starts a Ray of its own (``address="local"``: one that runs on the machine
-    already may be somebody else's), with no dashboard and a private short temporary folder, and ends it afterwards,
-    also when this process is killed: a small watcher process sees to that.
+    Inside a Ray job or pod it joins that cluster, and where this process is connected already it uses
+    that; both are left as they were. Everywhere else it starts a Ray of its own (``address="local"``: one
+    that runs on the machine already may be somebody else's), with no dashboard and a private short
+    temporary folder, and ends it afterwards, also when this process is killed: a small watcher process
+    sees to that.
 
     cores            logical cores of the new Ray; None = the machine's
     object_store_mb  its shared memory, in MB
@@ -126,8 +129,8 @@ class Endpoint:
         self._stack = stack
 
     def health(self) -> dict[str, Any]:
-        """What ``/healthz`` says: for each model, how many requests run and wait on each of its replicas."""
-        with urllib.request.urlopen(self.url.removesuffix("/v1") + "/healthz", timeout=30) as response:
+        """What ``/healthz`` says: for each model, what each of its replicas is doing."""
+        with _open_directly().open(self.url.removesuffix("/v1") + "/healthz", timeout=30) as response:
             return dict(json.load(response))
 
     def close(self) -> None:
@@ -147,12 +150,13 @@ class Endpoint:
 
 
 def serve(*deployments: Deployment, port: int | None = None) -> Endpoint:
-    """Serve the deployments behind one URL on 127.0.0.1 and return once a real request to each has been answered.
+    """Serve the deployments behind one URL on 127.0.0.1 and return once a real request to each has been
+    answered.
 
     port: None = a free one. Starts a ``ray_session`` of its own where there is none.
-    Raises ValueError (nothing to serve, equal names, more cores than this Ray has), FileNotFoundError (no such
-    checkpoint), OSError (the port is in use), all before Ray starts; RuntimeError when a model does not come up or
-    when this Ray serves already.
+    Raises ValueError (nothing to serve, equal names, more cores than this Ray has), FileNotFoundError (no
+    such checkpoint), OSError (the port is in use), all before Ray starts; RuntimeError when a model does
+    not come up or when this Ray serves already.
     """
     if not deployments:
         raise ValueError("nothing to serve: give at least one Deployment")
@@ -161,7 +165,9 @@ def serve(*deployments: Deployment, port: int | None = None) -> Endpoint:
     deployments = tuple(_with_threads(deployment, deployments) for deployment in deployments)
     names = [deployment.name for deployment in deployments]
     if len(set(names)) < len(names):
-        raise ValueError(f"every model needs its own name, found {names}; set `name` on one of those that are equal")
+        raise ValueError(
+            f"every model needs its own name, found {names}; set `name` on one of those that are equal"
+        )
     port, lock = reserve(port)
 
     with ExitStack() as stack:
@@ -172,7 +178,9 @@ def serve(*deployments: Deployment, port: int | None = None) -> Endpoint:
         stack.enter_context(ray_session(cores=max(need, os.cpu_count() or 1)))
         have = int(ray.cluster_resources().get("CPU", 0))
         if need > have and not inside_ray():
-            raise ValueError(f"{need} cores asked for (replicas x threads), and this Ray has {have}; ask for fewer")
+            raise ValueError(
+                f"{need} cores asked for (replicas x threads), and this Ray has {have}; ask for fewer"
+            )
         _start(deployments, port, stack)
         url = f"http://{HOST}:{port}/v1"
         for name in names:
@@ -186,7 +194,9 @@ def _start(deployments: tuple[Deployment, ...], port: int, stack: ExitStack) -> 
     from labkit.serving.app import APP_NAME, build
 
     if ray_serve.status().applications:
-        raise RuntimeError("this Ray serves already: close that endpoint, or give all deployments to one serve()")
+        raise RuntimeError(
+            "this Ray serves already: close that endpoint, or give all deployments to one serve()"
+        )
     stack.callback(ray_serve.shutdown)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     with _hushed("ray.serve"):
@@ -197,22 +207,27 @@ def _start(deployments: tuple[Deployment, ...], port: int, stack: ExitStack) -> 
         try:
             ray_serve.run(build({"deployments": fields}), name=APP_NAME, route_prefix="/")
         except RuntimeError as error:
-            raise RuntimeError(f"{', '.join(d.checkpoint for d in deployments)} did not come up: {error}") from error
+            raise RuntimeError(
+                f"{', '.join(d.checkpoint for d in deployments)} did not come up: {error}"
+            ) from error
 
 
 def reserve(port: int | None = None) -> tuple[int, socket.socket]:
-    """A port of 127.0.0.1 that nobody listens on, and a socket that keeps other ``serve`` calls off it until closed.
+    """A port of 127.0.0.1 that nobody listens on, and a socket that keeps other ``serve`` calls off it
+    until closed.
 
     port: None = any free one. Raises OSError where it is in use or may not be used.
     """
-    # Serve listens with SO_REUSEPORT: a second one of the same user would get half of the first one's requests, without
-    # an error. The UDP port of the same number is the lock that prevents this, from before Ray starts.
+    # Serve listens with SO_REUSEPORT: a second one of the same user would get half of the first one's
+    # requests, without an error. The UDP port of the same number is the lock that prevents this, from
+    # before Ray starts.
     lock = socket.socket(type=socket.SOCK_DGRAM)
     try:
         lock.bind((HOST, port or 0))
         found = int(lock.getsockname()[1])
         with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the last server's connections may linger
+            # The last server's connections may linger.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((HOST, found))
             probe.listen()
     except (OSError, OverflowError) as error:
@@ -220,7 +235,8 @@ def reserve(port: int | None = None) -> tuple[int, socket.socket]:
         if port is None:
             return reserve()
         raise OSError(
-            f"port {port} of {HOST} cannot be used ({error}); choose another, or leave it out for a free one"
+            f"port {port} of {HOST} cannot be used ({error}); choose another, or leave it out for a "
+            "free one"
         ) from error
     return found, lock
 
@@ -232,11 +248,18 @@ def _with_threads(deployment: Deployment, all_of_them: tuple[Deployment, ...]) -
     return deployment.model_copy(update={"threads": max(1, share)})
 
 
+def _open_directly() -> urllib.request.OpenerDirector:
+    """For 127.0.0.1, never by way of a proxy that the environment names."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
 def _wait_until_it_answers(url: str, name: str) -> None:
-    """Ask for one token, as a client would. Serve says "running" a moment before its proxy knows the route."""
+    """Ask for one token, as a client would. Serve says "running" a moment before its proxy knows the
+    route.
+    """
     body = json.dumps({"model": name, "prompt": "a", "max_tokens": 1}).encode()
     request = urllib.request.Request(f"{url}/completions", body, {"Content-Type": "application/json"})
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never by way of a company's proxy
+    direct = _open_directly()
     deadline = time.monotonic() + READY_TIMEOUT_S
     while True:
         try:
@@ -245,7 +268,9 @@ def _wait_until_it_answers(url: str, name: str) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 why = error.read().decode() if isinstance(error, urllib.error.HTTPError) else str(error)
-                raise RuntimeError(f"model {name!r} was loaded but does not answer at {url}: {why}") from error
+                raise RuntimeError(
+                    f"model {name!r} was loaded but does not answer at {url}: {why}"
+                ) from error
             time.sleep(0.1)
 
 
@@ -255,7 +280,9 @@ def _short_folder() -> str:
     folder = os.path.realpath(tempfile.mkdtemp(prefix="lk-", dir=base))
     if len(os.fsencode(folder)) + SOCKET_SUFFIX > SOCKET_PATH_LIMIT:
         os.rmdir(folder)
-        raise ValueError(f"{base} is too long a path for Ray's sockets; set TMPDIR to a shorter one, such as /tmp")
+        raise ValueError(
+            f"{base} is too long a path for Ray's sockets; set TMPDIR to a shorter one, such as /tmp"
+        )
     return folder
 
 

@@ -1,5 +1,6 @@
-"""The last one out: waits until its owner has ended, however that happened, then ends what is left of the owner's Ray
-and removes its folder. ``python -m labkit.cluster.watch FOLDER``, started by ``local.ray_session`` with a pipe as stdin.
+"""The last one out: waits until its owner has ended, however that happened, then ends what is left of the
+owner's Ray and removes its folder. ``python -m labkit.cluster.watch FOLDER``, started by
+``local.ray_session`` with a pipe as stdin.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ GIVE_UP_S = 30.0
 def processes(folder: str) -> list[psutil.Process]:
     """This user's processes that belong to the Ray whose folder this is, and what those have started.
 
-    Ray's own carry the folder in their environment. Its agents overwrite theirs with a title, ``ray::...``; they are
-    known by that title together with an open file in the folder.
+    Ray's own carry the folder in their environment. Its agents overwrite theirs with a title,
+    ``ray::...``; they are known by that title together with an open file in the folder.
     """
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.uids().real == os.getuid() and _belongs(process, folder):
+            if (
+                process.pid != os.getpid()
+                and process.uids().real == os.getuid()
+                and _belongs(process, folder)
+            ):
                 for one in [process, *process.children(recursive=True)]:
                     found[one.pid] = one
         except psutil.Error:
@@ -59,14 +64,16 @@ def end(folder: str, grace: float = GRACE_S) -> None:
         if time.monotonic() - start > grace:
             for process in left:
                 try:
-                    process.kill()  # psutil sees to it that the id has not been given to another process since
+                    process.kill()  # psutil checks that the id has not been given to another since
                 except psutil.Error:
                     continue
         time.sleep(0.1)
 
 
 def main() -> None:
-    """Wait for the owner: its end closes the pipe, and where something still holds that, makes us an orphan."""
+    """Wait for the owner: its end closes the pipe, and where something still holds that, makes us an
+    orphan.
+    """
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     owner = os.getppid()

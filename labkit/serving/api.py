@@ -1,4 +1,6 @@
-"""The OpenAI API over HTTP: routes, server-sent events and error shapes. It knows backends, not engines, not Ray."""
+"""The OpenAI API over HTTP: routes, server-sent events and error shapes. It knows backends, not engines,
+not Ray.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ class APIError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.body = ErrorResponse(error=ErrorBody(message=message, type=type, code=code, param=param)).model_dump()
+        self.body = ErrorResponse(
+            error=ErrorBody(message=message, type=type, code=code, param=param)
+        ).model_dump()
 
 
 class ASCIIResponse(Response):
@@ -72,8 +76,8 @@ class ASCIIResponse(Response):
 def build_api(backends: Iterable[Backend]) -> FastAPI:
     """The whole API for these models: an ordinary FastAPI application.
 
-    ``/v1/models``, ``/v1/models/{id}``, ``/v1/completions``, ``/v1/chat/completions`` and ``/healthz``. Raises
-    ValueError when two models have the same name.
+    ``/v1/models``, ``/v1/models/{id}``, ``/v1/completions``, ``/v1/chat/completions`` and ``/healthz``.
+    Raises ValueError when two models have the same name.
     """
     models: dict[str, Backend] = {}
     for backend in backends:
@@ -85,7 +89,10 @@ def build_api(backends: Iterable[Backend]) -> FastAPI:
         if name not in models:
             has = ", ".join(map(repr, models)) or "no model"
             raise APIError(
-                404, f"The model {name!r} does not exist; this server has {has}", code="model_not_found", param="model"
+                404,
+                f"The model {name!r} does not exist; this server has {has}",
+                code="model_not_found",
+                param="model",
             )
         return models[name]
 
@@ -118,7 +125,9 @@ def build_api(backends: Iterable[Backend]) -> FastAPI:
     @api.post("/v1/chat/completions", response_model=ChatResponse)
     async def chat_completions(request: ChatRequest) -> Response:
         backend = find(request.model)
-        job = Job([message.plain() for message in request.messages], request.sampling(), request.token_limit)
+        job = Job(
+            [message.plain() for message in request.messages], request.sampling(), request.token_limit
+        )
         return await _answer(backend, job, ChatShape(request, backend.name))
 
     return api
@@ -132,7 +141,11 @@ class Shape:
 
     def __init__(self, request: CompletionRequest | ChatRequest, model: str) -> None:
         self.request = request
-        self._head = {"id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._head: dict[str, Any] = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
 
     def chunk(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
         body = {**self._head, "object": self.chunk_object, "choices": choices}
@@ -182,7 +195,9 @@ class ChatShape(Shape):
             content=[
                 TokenLogprob(
                     **_token_logprob(token.piece, token.logprob),
-                    top_logprobs=[TopLogprob(**_token_logprob(t.text, t.logprob)) for t in token.top_logprobs or ()],
+                    top_logprobs=[
+                        TopLogprob(**_token_logprob(t.text, t.logprob)) for t in token.top_logprobs or ()
+                    ],
                 )
                 for token in tokens
                 if token.logprob is not None
@@ -226,7 +241,9 @@ class CompletionShape(Shape):
 
 
 async def _answer(backend: Backend, job: Job, shape: Shape) -> Response:
-    """Do the job and answer whole or in chunks. Whether it can be done is known before the first byte is sent."""
+    """Do the job and answer whole or in chunks. Whether it can be done is known before the first byte is
+    sent.
+    """
     events = backend.generate(job)
     try:
         accepted = await _first(events)
@@ -239,7 +256,9 @@ async def _answer(backend: Backend, job: Job, shape: Shape) -> Response:
         tokens: list[Token] = []
         async for event in events:
             if isinstance(event, Finished):
-                return ASCIIResponse(shape.whole(tokens, event.reason, _usage(accepted, event)).model_dump())
+                return ASCIIResponse(
+                    shape.whole(tokens, event.reason, _usage(accepted, event)).model_dump()
+                )
             assert isinstance(event, Token)
             tokens.append(event)
     raise Unavailable("the model stopped before the answer was complete; send the request again")
@@ -253,8 +272,12 @@ async def _first(events: AsyncGenerator[Event, None]) -> Accepted:
     return event
 
 
-async def _chunks(events: AsyncGenerator[Event, None], accepted: Accepted, shape: Shape) -> AsyncIterator[str]:
-    """Server-sent events. An error after the first byte becomes an event of its own, and no [DONE] follows it."""
+async def _chunks(
+    events: AsyncGenerator[Event, None], accepted: Accepted, shape: Shape
+) -> AsyncIterator[str]:
+    """Server-sent events. An error after the first byte becomes an event of its own, and no [DONE]
+    follows it.
+    """
     async with aclosing(events):
         try:
             if opening := shape.opening():
@@ -291,7 +314,9 @@ def _answer_errors_in_openai_shape(api: FastAPI) -> None:
         if error.status_code in (404, 405):
             what = f"{request.method} {request.url.path}"
             code = "unknown_url" if error.status_code == 404 else "method_not_supported"
-            return respond(APIError(error.status_code, f"Invalid URL or method ({what}); see /docs", code=code))
+            return respond(
+                APIError(error.status_code, f"Invalid URL or method ({what}); see /docs", code=code)
+            )
         return respond(APIError(error.status_code, str(error.detail)))
 
     @api.exception_handler(Exception)
@@ -316,8 +341,8 @@ def _as_api_error(error: Exception) -> APIError:
 
 def _invalid(error: RequestValidationError, path: str) -> APIError:
     """The most telling of the things that are wrong with a body, in words."""
-    # Where a value may be one thing or another, pydantic tells what each would have needed. What is wrong inside the
-    # one that was meant says more than that it is not the other.
+    # Where a value may be one thing or another, pydantic tells what each would have needed. What is wrong
+    # inside the one that was meant says more than that it is not the other.
     first = min(error.errors(), key=lambda e: (e["type"].endswith("_type"), -len(e["loc"])))
     where = ".".join(str(step) for step in first["loc"] if step != "body" and not _is_union_branch(step))
     message, code = first["msg"].removeprefix("Value error, "), None

@@ -1,6 +1,8 @@
-"""The Ray Serve application: one ingress that speaks HTTP, and for each model a deployment whose replicas hold engines.
+"""The Ray Serve application: one ingress that speaks HTTP, and for each model a deployment whose replicas
+hold engines.
 
-``build`` is what a Serve config file names (``import_path: labkit.serving.app:build``, ``args: {deployments: [...]}``).
+``build`` is what a Serve config file names (``import_path: labkit.serving.app:build``, ``args:
+{deployments: [...]}``).
 """
 
 from __future__ import annotations
@@ -14,29 +16,35 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from labkit.serving.api import build_api
 from labkit.serving.backend import EngineBackend, Event, Job, State, Unavailable
 from labkit.serving.deployment import Deployment
 
 APP_NAME = "labkit"
-# A replica is offered twice what its engine runs at once, so that a place in the batch never waits for the network.
+# A replica is offered twice what its engine runs at once, so that a place in the batch never waits for
+# the network.
 OFFERED_PER_SLOT = 2
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """The application for ``{"deployments": [{"checkpoint": ..., ...}, ...]}``; each is a Deployment's fields.
+    """The application for ``{"deployments": [{"checkpoint": ..., ...}, ...]}``; each is a Deployment's
+    fields.
 
     Raises ValueError where there is none, a field is wrong, or two have the same name.
     """
     unknown = sorted(set(args) - {"deployments"})
     if unknown or not args.get("deployments"):
-        raise ValueError(f"expected {{'deployments': [...]}} with at least one, found the keys {sorted(args)}")
+        raise ValueError(
+            f"expected {{'deployments': [...]}} with at least one, found the keys {sorted(args)}"
+        )
     deployments = [Deployment.model_validate(fields) for fields in args["deployments"]]
     names = [deployment.name for deployment in deployments]
     if len(set(names)) < len(names):
-        raise ValueError(f"every model needs its own name, found {names}; set `name` on one of those that are equal")
+        raise ValueError(
+            f"every model needs its own name, found {names}; set `name` on one of those that are equal"
+        )
     return Ingress.bind([_model(deployment) for deployment in deployments], names)  # type: ignore[attr-defined]
 
 
@@ -93,14 +101,16 @@ class HandleBackend:
         self._stream = handle.options(method_name="generate", stream=True)
 
     async def generate(self, job: Job) -> AsyncGenerator[Event, None]:
-        events = self._stream.remote(job)
+        events: DeploymentResponseGenerator[Any] = self._stream.remote(job)  # type: ignore[assignment]
         finished = False
         try:
             async for event in events:
                 yield event
             finished = True
         except (RayActorError, BackPressureError, DeploymentUnavailableError) as error:
-            raise Unavailable(f"model {self.name!r} cannot answer now ({type(error).__name__}); try again") from error
+            raise Unavailable(
+                f"model {self.name!r} cannot answer now ({type(error).__name__}); try again"
+            ) from error
         finally:
             if not finished:
                 events.cancel()

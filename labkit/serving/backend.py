@@ -1,5 +1,5 @@
-"""What stands between HTTP and an engine: a job goes in, events come out. All of it is plain data, so that the two may
-live in different processes.
+"""What stands between HTTP and an engine: a job goes in, events come out. All of it is plain data, so
+that the two may live in different processes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Refused:
-    """The only event of a job that cannot be done as asked. ``code`` is OpenAI's word for why, where it has one."""
+    """The only event of a job that cannot be done as asked. ``code`` is OpenAI's word for why, where it
+    has one.
+    """
 
     message: str
     code: str | None = None
@@ -71,11 +73,15 @@ class State:
 
 
 class Unavailable(RuntimeError):
-    """This model cannot answer now: its replica stopped, or its queue is full. The same request may succeed later."""
+    """This model cannot answer now: its replica stopped, or its queue is full. The same request may
+    succeed later.
+    """
 
 
 class Backend(Protocol):
-    """A model as the API sees it. Leaving ``generate`` early, by ``aclose`` or cancellation, ends the job."""
+    """A model as the API sees it. Leaving ``generate`` early, by ``aclose`` or cancellation, ends the
+    job.
+    """
 
     name: str
     created: int
@@ -129,7 +135,9 @@ class EngineBackend:
                 yield replace(token, piece="", logprob=None, top_logprobs=None) if ends else token
             done = await stream.completed()
             if done.finish_reason == "cancelled":
-                raise Unavailable("the engine was stopped before the answer was complete; send the request again")
+                raise Unavailable(
+                    "the engine was stopped before the answer was complete; send the request again"
+                )
             finished = True
             yield Finished(done.finish_reason, done.completion_tokens)
         finally:  # however it is left, the engine's slot is free from its next step on
@@ -150,5 +158,5 @@ class EngineBackend:
         if isinstance(prompt, str):
             return tokenizer.encode(prompt)
         if prompt and isinstance(prompt[0], dict):
-            return tokenizer.encode(tokenizer.chat(prompt))  # type: ignore[arg-type]
+            return tokenizer.encode(tokenizer.chat(prompt))
         return list(prompt)  # type: ignore[arg-type]

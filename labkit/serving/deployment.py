@@ -9,18 +9,22 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Deployment(BaseModel):
-    """One model behind one name. JSON there and back: ``model_dump_json()`` and ``Deployment.model_validate_json()``.
+    """One model behind one name. JSON there and back: ``model_dump_json()`` and
+    ``Deployment.model_validate_json()``.
 
     checkpoint  what ``labkit.models.load`` takes: a folder, a name, ``org/name``
     name        what a request says in ``model``; default: the folder's or the model's last name
     replicas    engines, each with the whole model
-    threads     CPU threads, and cores reserved, for each replica; None = the machine's cores shared out among them
+    threads     CPU threads, and cores reserved, for each replica; None = the machine's cores shared out
+                among them
     max_batch   requests that one engine runs at once
     max_len     tokens that prompt and answer may have together
     engine      "labkit": this project's own
-    seed        the off-grid factors of the bundled model; a checkpoint made by ``labkit quantize`` carries its own
+    seed        the off-grid factors of the bundled model; a checkpoint made by ``labkit quantize``
+                carries its own
 
-    Raises pydantic's ValidationError, which is a ValueError, for a field that does not exist or a value out of range.
+    Raises pydantic's ValidationError, which is a ValueError, for a field that does not exist or a value
+    out of range.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,14 +52,15 @@ class Deployment(BaseModel):
     def check(self) -> None:
         """See that the checkpoint is here, before anything slow is started.
 
-        Raises FileNotFoundError that says what is missing. Names of the lab and of a hub are left to ``load``.
+        Raises FileNotFoundError that says what is missing. Names of the lab and of a hub are left to
+        ``load``.
         """
         path = Path(self.checkpoint).expanduser()
         if path.is_dir():
             if not (path / "config.json").exists():
                 raise FileNotFoundError(
-                    f"{path} has no config.json: expected a checkpoint made by `labkit quantize --out {path}` or a "
-                    "model in Hugging Face layout"
+                    f"{path} has no config.json: expected a checkpoint made by `labkit quantize --out "
+                    f"{path}` or a model in Hugging Face layout"
                 )
         elif path.exists() or path.is_absolute() or self.checkpoint.startswith((".", "~")):
             raise FileNotFoundError(

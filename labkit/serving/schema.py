@@ -1,7 +1,8 @@
 """What the OpenAI API says over the wire, as far as this server speaks it: requests, answers, errors.
 
-Reference: https://platform.openai.com/docs/api-reference (chat, completions, models). Requests are strict: an unknown
-field and a value of the wrong type are refused, so that no option is silently without effect.
+Reference: https://platform.openai.com/docs/api-reference (chat, completions, models). Requests are
+strict: an unknown field and a value of the wrong type are refused, so that no option is silently without
+effect.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class _Request(BaseModel):
     @classmethod
     def _one_answer(cls, n: int | None) -> int | None:
         if n not in (None, 1):
-            raise ValueError(f"this server gives one answer a request: n must be 1, found {n}; send {n} requests")
+            raise ValueError(
+                f"this server gives one answer a request: n must be 1, found {n}; send {n} requests"
+            )
         return n
 
     @field_validator("frequency_penalty", "presence_penalty")
@@ -84,7 +87,9 @@ class _Request(BaseModel):
         raise NotImplementedError
 
     def sampling(self) -> dict[str, Any]:
-        """SamplingParams' fields, without max_tokens. OpenAI's own defaults stand in for what is absent or null."""
+        """SamplingParams' fields, without max_tokens. OpenAI's own defaults stand in for what is absent
+        or null.
+        """
         return {
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": 1.0 if self.top_p is None else self.top_p,
@@ -139,7 +144,9 @@ class Message(BaseModel):
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it: ``developer`` is OpenAI's newer word for ``system``."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        text = (
+            self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        )
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 

@@ -1,5 +1,5 @@
-"""Servers run where they cannot meet anything else: in a network of their own with nothing but loopback, and among
-processes of their own, so that what they leave behind can be counted.
+"""Servers run where they cannot meet anything else: in a network of their own with nothing but loopback,
+and among processes of their own, so that what they leave behind can be counted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ import sys
 import pytest
 
 INSIDE = "LABKIT_TEST_NAMESPACE"
-UNSHARE = ["unshare", *([] if os.geteuid() == 0 else ["-r"]), "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+UNSHARE = [
+    "unshare",
+    *([] if os.geteuid() == 0 else ["-r"]),
+    "--net",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+]
 # bash stays as process 1, which buries the orphans; a Python there would leave them as zombies.
 IN_NAMESPACE = [*UNSHARE, "bash", "-c", 'ip link set lo up || exit 97; "$@"; exit $?', "bash"]
 
@@ -35,4 +43,6 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if capture is not None:
         capture.stop_global_capturing()
     os.environ[INSIDE] = "1"
-    os.execvp(IN_NAMESPACE[0], [*IN_NAMESPACE, sys.executable, "-m", "pytest", *config.invocation_params.args])
+    os.execvp(
+        IN_NAMESPACE[0], [*IN_NAMESPACE, sys.executable, "-m", "pytest", *config.invocation_params.args]
+    )

@@ -1,4 +1,6 @@
-"""A backend without a model, for tests of the HTTP layer alone: it "generates" the words of a fixed sentence."""
+"""A backend without a model, for tests of the HTTP layer alone: it "generates" the words of a fixed
+sentence.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The HTTP layer alone, over a backend without a model: shapes and statuses as the openai client and its docs have them."""
+"""The HTTP layer alone, over a backend without a model: shapes and statuses as the openai client and its
+docs have them.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +52,18 @@ def error(response: httpx.Response) -> dict[str, Any]:
 def test_a_chat_answer(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(**CHAT)
     [choice] = answer.choices
-    assert answer.object == "chat.completion" and answer.model == "fake" and answer.id.startswith("chatcmpl-")
-    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", TEXT, "stop")
+    assert (
+        answer.object == "chat.completion" and answer.model == "fake" and answer.id.startswith("chatcmpl-")
+    )
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == (
+        "assistant",
+        TEXT,
+        "stop",
+    )
     assert choice.logprobs is None
-    assert answer.usage is not None and answer.usage.model_dump(include={"prompt_tokens", "completion_tokens"}) == {
+    assert answer.usage is not None and answer.usage.model_dump(
+        include={"prompt_tokens", "completion_tokens"}
+    ) == {
         "prompt_tokens": 3,
         "completion_tokens": 8,
     }
@@ -96,7 +106,10 @@ def test_chat_logprobs_streamed_and_whole_are_the_same(client: openai.OpenAI) ->
     assert [entry.token for entry in whole.content] == WORDS[:3]
     assert [entry.logprob for entry in whole.content] == [0.0, -0.25, -0.5]
     assert whole.content[1].bytes == [32, 109, 101]  # " me"
-    assert [(top.token, top.logprob) for top in whole.content[0].top_logprobs] == [("w0", -0.5), ("w1", -1.5)]
+    assert [(top.token, top.logprob) for top in whole.content[0].top_logprobs] == [
+        ("w0", -0.5),
+        ("w1", -1.5),
+    ]
     streamed = [
         entry
         for chunk in client.chat.completions.create(**ask, stream=True)
@@ -153,7 +166,9 @@ def test_content_parts_are_joined_and_developer_is_system(http: TestClient, back
 
 
 def test_token_ids_as_prompt(http: TestClient, backend: FakeBackend) -> None:
-    assert http.post("/v1/completions", json={**PLAIN, "prompt": [5, 6]}).json()["usage"]["prompt_tokens"] == 2
+    assert (
+        http.post("/v1/completions", json={**PLAIN, "prompt": [5, 6]}).json()["usage"]["prompt_tokens"] == 2
+    )
     assert backend.jobs[0].prompt == [5, 6]
 
 
@@ -181,7 +196,11 @@ def test_token_ids_as_prompt(http: TestClient, backend: FakeBackend) -> None:
         ({"seed": 2**63}, "seed", "less than"),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "pirate", "content": "x"}]}, "messages.0.role", "'system'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", "'text'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content.0.type",
+            "'text'",
+        ),
         ({"model": None}, "model", "valid string"),
     ],
 )
@@ -205,7 +224,9 @@ def test_bad_chat_requests_say_what_is_wrong(
         ({"messages": []}, "Unknown field"),
     ],
 )
-def test_bad_completion_requests_say_what_is_wrong(http: TestClient, change: dict[str, Any], says: str) -> None:
+def test_bad_completion_requests_say_what_is_wrong(
+    http: TestClient, change: dict[str, Any], says: str
+) -> None:
     response = http.post("/v1/completions", json={**PLAIN, **change})
     assert response.status_code == 400 and says in error(response)["message"]
 
@@ -217,7 +238,9 @@ def test_a_missing_field_is_named(http: TestClient, missing: str) -> None:
     assert (error(response)["code"], error(response)["param"]) == ("missing_required_parameter", missing)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"1", b"\xff\xfe", b"[" * 100_000, b'{"model":"fake","prompt":"\\ud800"}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"1", b"\xff\xfe", b"[" * 100_000, b'{"model":"fake","prompt":"\\ud800"}']
+)
 def test_bodies_that_are_no_request(http: TestClient, body: bytes) -> None:
     response = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400 and error(response)["type"] == "invalid_request_error"
@@ -239,7 +262,10 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
 
 
 def test_unknown_urls_and_methods(http: TestClient) -> None:
-    assert (http.get("/v1/nothing").status_code, error(http.get("/v1/nothing"))["code"]) == (404, "unknown_url")
+    assert (http.get("/v1/nothing").status_code, error(http.get("/v1/nothing"))["code"]) == (
+        404,
+        "unknown_url",
+    )
     wrong = http.get("/v1/completions")
     assert (wrong.status_code, error(wrong)["code"]) == (405, "method_not_supported")
 

@@ -21,10 +21,15 @@ BOUNDED = settings(max_examples=200, deadline=None, suppress_health_check=[Healt
 text = st.text(st.characters(codec=None, exclude_categories=()), max_size=8)
 scalar = st.none() | st.booleans() | st.integers() | st.floats() | text
 anything = st.recursive(
-    scalar, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3), max_leaves=8
+    scalar,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=8,
 )
 message = st.fixed_dictionaries(
-    {"role": st.sampled_from(["system", "user", "assistant", "tool"]) | anything, "content": text | anything},
+    {
+        "role": st.sampled_from(["system", "user", "assistant", "tool"]) | anything,
+        "content": text | anything,
+    },
     optional={"name": anything},
 )
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
@@ -46,7 +51,9 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "user": text,
 }
 # A likely body has the fields that are required; then a few more, each likely to be nearly right.
-likely = st.fixed_dictionaries({"model": FIELDS["model"]}, optional={k: v for k, v in FIELDS.items() if k != "model"})
+likely = st.fixed_dictionaries(
+    {"model": FIELDS["model"]}, optional={k: v for k, v in FIELDS.items() if k != "model"}
+)
 
 
 def check(path: str, body: bytes) -> None:
@@ -82,6 +89,12 @@ def test_any_bytes(path: str, body: bytes) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @BOUNDED
-@given(body=st.fixed_dictionaries({}, optional={k: FIELDS[k] for k in ("max_tokens", "temperature", "seed", "stop")}))
+@given(
+    body=st.fixed_dictionaries(
+        {}, optional={k: FIELDS[k] for k in ("max_tokens", "temperature", "seed", "stop")}
+    )
+)
 def test_fields_of_an_otherwise_good_request(stream: bool, body: dict[str, Any]) -> None:
-    check("/v1/completions", json.dumps({"model": "fake", "prompt": "a b", "stream": stream, **body}).encode())
+    check(
+        "/v1/completions", json.dumps({"model": "fake", "prompt": "a b", "stream": stream, **body}).encode()
+    )
