@@ -1,8 +1,8 @@
 """The words in which an exercise's check says what is wrong.
 
-A check calls the learner's function and hands what came back to these helpers. Each raises :class:`Wrong` with a sentence
-that says what was expected and what was found; ``mistakes`` maps a sentence to the value that this mistake would give, so
-that a known mistake is named instead of described.
+A check calls the learner's function and hands what came back to these helpers. Each raises :class:`Wrong`
+with a sentence that says what was expected and what was found; ``mistakes`` maps a sentence to the value
+that this mistake would give, so that a known mistake is named instead of described.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def tensor(
 ) -> Tensor:
     """``found`` as a plain tensor, whatever float or integer dtype it has.
 
-    Arrays, and Python numbers where ``shape`` is (), are taken too. Refused: anything else, another shape, NaN or infinity
-    (unless ``finite`` is off), and with ``integral`` values that are not whole numbers.
+    Arrays, and Python numbers where ``shape`` is (), are taken too. Refused: anything else, another shape,
+    NaN or infinity (unless ``finite`` is off), and with ``integral`` values that are not whole numbers.
     """
     wanted = "a tensor" if shape is None else f"a tensor of shape {shape}"
     if found is None:

@@ -10,7 +10,8 @@ from labkit.course.workspace import work
 def checkpoint(recipe: str) -> Path:
     """A folder with the model quantized by ``recipe``, ready for ``labkit.models.load`` and ``labkit serve``.
 
-    ``work/checkpoints/RECIPE`` where the learner made one (notebook 06 does); otherwise the lab's, made once in the cache.
+    ``work/checkpoints/RECIPE`` where the learner made one (notebook 06 does); otherwise the lab's, made
+    once in the cache.
     """
     own = work() / "checkpoints" / recipe
     if own.is_dir():

@@ -55,7 +55,8 @@ def verdict(
     because: str,
     unit: str = "",
 ) -> bool:
-    """Print a measured time or ratio and whether it is as the text expects; give back whether it is. Never raises for it.
+    """Print a measured time or ratio and whether it is as the text expects; give back whether it is. Never
+    raises for it.
 
     ``because`` names the usual reason why a machine differs; it is printed only where it does.
     """

@@ -35,7 +35,8 @@ def numbers() -> list[str]:
 def refresh() -> Refreshed:
     """Copy notebooks that are new, renew copies that the learner never changed, leave the others and name them.
 
-    Running cells changes outputs only, so it counts as unchanged; what a renewed copy held is kept if it differs at all.
+    Running cells changes outputs only, so it counts as unchanged; what a renewed copy held is kept if it
+    differs at all.
     """
     done = Refreshed()
     made_from = _read_record()
@@ -108,7 +109,8 @@ def _set_aside(copy: Path) -> Path:
 
 
 def _sources(path: Path) -> str:
-    """What the cells say, without outputs: a learner's change is a change of this. An unreadable file counts as changed."""
+    """What the cells say, without outputs: a learner's change is a change of this. An unreadable file
+    counts as changed."""
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         said = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]

@@ -57,7 +57,8 @@ class Camera:
             title = size.get("title", {})
             name = title.get("text") if isinstance(title, dict) else title
             raise ValueError(
-                f"the picture of {name!r} has {len(png)} bytes, more than {LIMIT}: draw fewer points or a smaller figure"
+                f"the picture of {name!r} has {len(png)} bytes, more than {LIMIT}: "
+                "draw fewer points or a smaller figure"
             )
         return png
 

@@ -19,7 +19,8 @@ except ImportError:  # not POSIX: two notebooks that record at the same instant 
 
 
 def read() -> dict[str, dict[str, Any]]:
-    """What is kept, by exercise: state, attempts, hints, solution_seen. Empty where nothing is, or it cannot be read."""
+    """What is kept, by exercise: state, attempts, hints, solution_seen. Empty where nothing is, or it
+    cannot be read."""
     try:
         kept = json.loads((work() / "progress.json").read_text(encoding="utf-8"))["exercises"]
         return {str(k): dict(v) for k, v in kept.items()}

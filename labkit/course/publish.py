@@ -34,8 +34,8 @@ KEPT_CELL_METADATA = ("tags", "jupyter")
 def publish(target: Path, *, source: Path | None = None, timeout: int = 300, execute: bool = True) -> float:
     """Execute ``target`` (or ``source``, a notebook or a py:percent script) and write ``target`` whole.
 
-    The kernel runs in the notebook's folder with an empty learner's folder, as a newcomer's would. Gives back the seconds
-    that the run took. A cell that fails stops it, and ``target`` stays as it was.
+    The kernel runs in the notebook's folder with an empty learner's folder, as a newcomer's would. Gives
+    back the seconds that the run took. A cell that fails stops it, and ``target`` stays as it was.
     """
     notebook = read(source or target)
     seconds = 0.0
@@ -55,7 +55,7 @@ def publish(target: Path, *, source: Path | None = None, timeout: int = 300, exe
 def read(path: Path) -> NotebookNode:
     """A notebook, or a py:percent script turned into one; cells without a lasting id get one from their source."""
     if path.suffix == ".py":
-        import jupytext
+        import jupytext  # type: ignore[import-untyped]
 
         notebook = jupytext.read(path, fmt="py:percent")
         for cell in notebook.cells:
@@ -136,11 +136,11 @@ def _streams_joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
     """Consecutive pieces of one stream become one; what a progress bar overwrote is dropped."""
     joined: list[NotebookNode] = []
     for output in outputs:
-        if output.output_type == "stream":
-            if joined and joined[-1].output_type == "stream" and joined[-1].name == output.name:
-                joined[-1].text += output.text
-                continue
-        joined.append(output)
+        last = joined[-1] if joined else None
+        if last and output.output_type == last.output_type == "stream" and last.name == output.name:
+            last.text += output.text
+        else:
+            joined.append(output)
     for output in joined:
         if output.output_type == "stream":
             output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)

@@ -216,7 +216,9 @@ def _limit(seconds: float) -> Iterator[None]:
     def ring(_: int, frame: FrameType | None) -> None:
         nonlocal rings
         rings += 1
-        if rings > 1:  # the first was caught by an `except:` in a loop; this one is raised again inside that handler
+        if (
+            rings > 1
+        ):  # the first was caught by an `except:` in a loop; this one is raised again inside that handler
             while frame is not None and frame.f_code.co_filename != __file__:
                 frame.f_trace = raise_at_next_line
                 frame = frame.f_back

@@ -27,7 +27,8 @@ def explore(function: Callable[..., Any], **controls: Any) -> None:
     """Show ``function`` with one control for each keyword.
 
     ``function(**values)`` returns a Plotly figure, a string (shown in fixed width) or an object with ``_repr_html_``.
-    A control is what the argument may be, its first value the one to start with unless it is given as ``(start, choices)``:
+    A control is what the argument may be, its first value the one to start with unless it is given as
+    ``(start, choices)``:
 
     - ``range(2, 9)``: a slider over whole numbers
     - ``(low, high, step)`` of floats, or ``(low, high, step, start)``: a slider over real numbers
@@ -35,8 +36,8 @@ def explore(function: Callable[..., Any], **controls: Any) -> None:
     - ``True`` or ``False``: a box to tick
     - ``(start, range(...))`` or ``(start, [...])``: the same, starting elsewhere
 
-    Labels are the argument's names with blanks for underscores. Drawing waits until the slider rests; a costly function is
-    drawn when it is let go.
+    Labels are the argument's names with blanks for underscores. Drawing waits until the slider rests; a
+    costly function is drawn when it is let go.
     """
     Explorer(function, controls).show()
 

@@ -37,7 +37,9 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     folder.mkdir()
     overrides = tmp_path / "settings" / "overrides.json"
     overrides.parent.mkdir()
-    overrides.write_text(json.dumps({"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}))
+    overrides.write_text(
+        json.dumps({"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}})
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -49,7 +51,15 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
         "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
         "JUPYTER_TOKEN": token,
     }
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter",
+        "lab",
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+    ]
     command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
     command += [f"--LabApp.app_settings_dir={overrides.parent}", "--LabApp.news_url=None"]
     with open(tmp_path / "lab.log", "w") as log:

@@ -1,4 +1,5 @@
-"""A person drags a slider in JupyterLab and sees the figure move; an answer of the self-check opens when it is clicked."""
+"""A person drags a slider in JupyterLab and sees the figure move; an answer of the self-check opens when it
+is clicked."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def open_and_run(page: Any, lab: Any, *cells: str) -> None:
     nbformat.write(notebook, lab.folder / "a.ipynb")
     page.goto(lab.url("a.ipynb"))
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)  # earlier, Run All asks for a kernel
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(
+        timeout=60_000
+    )  # earlier, Run All asks for a kernel
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
 
@@ -63,12 +66,16 @@ def test_a_slider_moves_the_figure(page: Any, lab: Any) -> None:
     handle.focus()
     for _ in range(4):
         page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.querySelector('.js-plotly-plot .gtitle').textContent == '7 bits, line'")
+    page.wait_for_function(
+        "document.querySelector('.js-plotly-plot .gtitle').textContent == '7 bits, line'"
+    )
     assert page.locator(".js-plotly-plot .scatterlayer path.js-line").get_attribute("d") != before
     assert page.locator(".widget-readout").text_content() == "7"
 
     page.get_by_label("kind").select_option("dots")
-    page.wait_for_function("document.querySelector('.js-plotly-plot .gtitle').textContent == '7 bits, dots'")
+    page.wait_for_function(
+        "document.querySelector('.js-plotly-plot .gtitle').textContent == '7 bits, dots'"
+    )
     photograph(page, "explore-after")
     assert page.elsewhere == [], "nothing may be fetched from outside this machine"
 

@@ -67,7 +67,12 @@ def test_progress_is_private_and_right_stays_right(item: Exercise, work: Path) -
     item.hint()
     path = work / "progress.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert progress_file.read()["98.1"] == {"attempts": 2, "hints": 1, "solution_seen": False, "state": "right"}
+    assert progress_file.read()["98.1"] == {
+        "attempts": 2,
+        "hints": 1,
+        "solution_seen": False,
+        "state": "right",
+    }
 
 
 def test_not_attempted_leaves_no_trace(item: Exercise, work: Path) -> None:
@@ -105,5 +110,3 @@ def test_names_survive_any_order_of_imports() -> None:
     for name in labkit.course.__all__:
         importlib.import_module(f"labkit.course.{labkit.course._HOME.get(name, name)}")
     assert all(callable(getattr(labkit.course, n)) for n in labkit.course.__all__ if n != "plot")
-
-

@@ -107,7 +107,7 @@ def test_only_the_starter_counts_as_not_attempted() -> None:
         raise NotImplementedError
 
     def torch_lacks_it(x: Any) -> Any:
-        raise NotImplementedError('"round_cpu" not implemented for \'Bool\'')
+        raise NotImplementedError("\"round_cpu\" not implemented for 'Bool'")
 
     assert find(starter).state == "not attempted"
     assert find(torch_lacks_it).state == "not yet"
@@ -120,7 +120,7 @@ def endless(x: Any) -> None:
 
 def endless_and_stubborn(x: Any) -> None:
     while True:
-        try:
+        try:  # noqa: SIM105
             time.sleep(0.01)
         except BaseException:
             pass
@@ -179,7 +179,7 @@ def test_prints_are_kept_apart_and_the_world_is_put_back(capsys: pytest.CaptureF
 
 def test_a_check_that_stumbles_over_an_answer_says_so() -> None:
     def careless(function: Any) -> None:
-        scale, zero = function(X)
+        scale, _ = function(X)
         assert scale
 
     assert "could not be read" in examine(careless, lambda x: 3, seconds=5).message
@@ -187,9 +187,15 @@ def test_a_check_that_stumbles_over_an_answer_says_so() -> None:
 
 def test_mistakes_are_named_before_they_are_described() -> None:
     with pytest.raises(Wrong, match="per tensor"):
-        tensor(torch.ones(1), "your scale", shape=(2, 1), mistakes={"your scale is per tensor": torch.ones(1)})
+        tensor(
+            torch.ones(1), "your scale", shape=(2, 1), mistakes={"your scale is per tensor": torch.ones(1)}
+        )
     with pytest.raises(Wrong, match="clamp"):
-        equal(torch.tensor([19]), torch.tensor([15]), mistakes={"no": torch.tensor([3]), "clamp": torch.tensor([19])})
+        equal(
+            torch.tensor([19]),
+            torch.tensor([15]),
+            mistakes={"no": torch.tensor([3]), "clamp": torch.tensor([19])},
+        )
     with pytest.raises(Wrong, match="NaN"):
         number(float("nan"))
     with pytest.raises(Wrong, match="whole numbers"):
