@@ -1,4 +1,4 @@
-"""The numbers that say which Llama-family model it is, read from and written to a Hugging Face ``config.json``."""
+"""The numbers that say which Llama-family model it is; a Hugging Face ``config.json`` read and written."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ ROPE_KINDS = ("default", "linear", "llama3")
 class ModelConfig:
     """Shapes and options of one model.
 
-    vocab_size, hidden_size, intermediate_size   the widths of the embedding, the residual stream and the MLP
-    layers, heads, kv_heads, head_dim            attention: ``heads / kv_heads`` query heads share one KV head
+    vocab_size, hidden_size, intermediate_size   the widths of embedding, residual stream and MLP
+    layers, heads, kv_heads, head_dim            ``heads / kv_heads`` query heads share one KV head
     norm_eps                                     RMSNorm's epsilon
     rope_theta, rope_scaling                     rotary embedding: base, and Llama 3's stretching or None
     tie_embeddings                               the head is the embedding matrix
     qkv_bias, o_bias, mlp_bias                   which linears carry a bias
     qk_norm                                      RMSNorm over each query and key head (Qwen3)
-    windows                                      per layer: how many positions a token sees, itself included, or None
+    windows                                      per layer: positions a token sees, with its own, or None
     max_positions                                the context the model was trained for
     eos_ids                                      tokens that end a text
     """
@@ -76,8 +76,8 @@ class ModelConfig:
     def from_hf(cls, config: dict[str, Any], where: str = "config.json") -> ModelConfig:
         """Read what transformers writes, of version 4 (``rope_scaling``) or 5 (``rope_parameters``).
 
-        Raises ValueError for an architecture, an activation or a rotary embedding that labkit does not run, and for
-        a missing key.
+        Raises ValueError for an architecture, an activation or a rotary embedding that labkit does not
+        run, and for a missing key.
         """
         kind = config.get("model_type")
         if kind not in ARCHITECTURES:
@@ -86,8 +86,8 @@ class ModelConfig:
             )
         if config.get("quantization_config"):
             raise ValueError(
-                f"{where}: the checkpoint is already quantized ({config['quantization_config'].get('quant_method')}); "
-                "load the unquantized original"
+                f"{where}: the checkpoint is already quantized "
+                f"({config['quantization_config'].get('quant_method')}); load the unquantized original"
             )
         if (act := config.get("hidden_act", "silu")) != "silu":
             raise ValueError(f"{where}: unsupported activation {act!r}; labkit runs silu")
@@ -132,7 +132,7 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> ModelConfig:
-        """Read a ``config.json``. Raises ValueError as ``from_hf`` does, and for a file that is not JSON."""
+        """Read a ``config.json``. Raises ValueError as ``from_hf`` does, and where it is not JSON."""
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
@@ -181,8 +181,8 @@ class ModelConfig:
     def inverse_frequencies(self) -> torch.Tensor:
         """Radians per position for each pair of channels, (head_dim / 2,) float32.
 
-        Su et al. 2021 (RoPE); the ``llama3`` stretching is that of the Llama 3.1 reference code: long waves are
-        slowed by ``factor``, short ones kept, those between blended.
+        Su et al. 2021 (RoPE); the ``llama3`` stretching is that of the Llama 3.1 reference code: long
+        waves are slowed by ``factor``, short ones kept, those between blended.
         """
         exponent = torch.arange(0, self.head_dim, 2, device="cpu").float() / self.head_dim
         frequencies = 1.0 / self.rope_theta**exponent

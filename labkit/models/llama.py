@@ -1,11 +1,11 @@
 """The forward pass of a Llama-family decoder: Llama, Qwen2, Qwen3 and Mistral, in plain PyTorch.
 
-Module names are those of Hugging Face checkpoints, so ``state_dict()`` and the tensors of a file have the same keys.
+Module names are those of Hugging Face checkpoints: ``state_dict()`` and a file's tensors have the same keys.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,10 @@ class Cache(Protocol):
     """What attention needs to know about the past. One object serves every layer of one forward pass.
 
     positions   (B, T) int64: where each of the pass's new tokens stands in its own sequence
-    update      takes a layer's new keys and values, (B, kv_heads, T, head_dim), keys already rotated, and returns
-                all keys and values that these tokens may look at, (B, kv_heads, S, head_dim), and a mask: bool, True =
-                visible, broadcastable to (B, heads, T, S); None = all visible. ``visible`` makes it, and a layer
-                with an attention window (``config.windows[layer]``) needs its own.
+    update      takes a layer's new keys and values, (B, kv_heads, T, head_dim), keys already rotated, and
+                returns all keys and values that these tokens may look at, (B, kv_heads, S, head_dim), and
+                a mask: bool, True = visible, broadcastable to (B, heads, T, S); None = all visible.
+                ``visible`` makes it; a layer with a window (``config.windows[layer]``) needs its own.
     """
 
     positions: Tensor
@@ -59,7 +59,7 @@ class WholeText:
 
 
 class GrowingCache:
-    """The simplest cache that is right: keys and values are appended, for texts that all have the same length.
+    """The simplest cache that is right: keys and values are appended, for texts of the same length.
 
     ``model(tokens, cache.expect(tokens))``, again and again. The serving engine has a faster one.
     """
@@ -91,7 +91,7 @@ class GrowingCache:
 
 
 class Linear(nn.Module):
-    """``x @ weight.T + bias``, x (..., in), weight (out, in): a Tensor, or a QuantizedTensor that the kernels run.
+    """``x @ weight.T + bias``; x (..., in); weight (out, in) is a Tensor or a QuantizedTensor.
 
     Assign ``linear.weight`` to change from one to the other. Weights do not ask for gradients until
     ``requires_grad_()`` is called.
@@ -106,7 +106,7 @@ class Linear(nn.Module):
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             # A parameter's name cannot be given to anything else before it is free.
             self._parameters.pop("weight", None)
@@ -233,6 +233,8 @@ class Llama(nn.Module):
         logits = model.end(x)
     """
 
+    inverse_frequencies: Tensor
+
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None, name: str = "") -> None:
         super().__init__()
         self.config, self.name = config, name
@@ -259,7 +261,7 @@ class Llama(nn.Module):
         return self.model.layers
 
     def linears(self) -> dict[str, Linear]:
-        """Every linear layer by its Hugging Face name, in the order of the forward pass, ``lm_head`` last."""
+        """Every linear layer by its Hugging Face name, layer after layer, ``lm_head`` last."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -275,7 +277,7 @@ class Llama(nn.Module):
     def begin(
         self, tokens: Tensor, cache: Cache | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Cache]:
-        """The residual stream (B, T, hidden) before the first layer, and what each layer is called with beside it."""
+        """The residual stream (B, T, hidden) before the first layer, and what each layer needs beside it."""
         cache = WholeText(self.config, tokens) if cache is None else cache
         angles = cache.positions[:, None, :, None] * self.inverse_frequencies  # (B, 1, T, head_dim / 2)
         cos, sin = angles.cos(), angles.sin()

@@ -23,12 +23,12 @@ MARKER = "labkit.json"  # in the folder of a checkpoint that labkit quantized
 def load(name: str | Path | None = None, *, seed: int | None = 0) -> Llama:
     """Load a model in float32, its weights memory-mapped where the file allows.
 
-    name: None for ``LABKIT_MODEL`` or the bundled ``smollm2-135m-instruct``; ``tiny``; a folder in Hugging Face
-        layout or a labkit checkpoint; ``org/name`` on the Hugging Face hub.
-    seed: which off-grid factors the bundled model gets (see ``off_grid``); None leaves it as shipped. Other models
-        are never changed.
-    Raises FileNotFoundError, ValueError (unsupported architecture, missing or misshapen tensors) or RuntimeError (it
-    cannot be fetched).
+    name: None for ``LABKIT_MODEL`` or the bundled ``smollm2-135m-instruct``; ``tiny``; a folder in
+        Hugging Face layout or a labkit checkpoint; ``org/name`` on the Hugging Face hub.
+    seed: which off-grid factors the bundled model gets (see ``off_grid``); None leaves it as shipped.
+        Other models are never changed.
+    Raises FileNotFoundError, ValueError (unsupported architecture, missing or misshapen tensors) or
+    RuntimeError (it cannot be fetched).
     """
     name = settings().model if name is None else name
     if name == DEFAULT_MODEL:
@@ -46,13 +46,13 @@ def load(name: str | Path | None = None, *, seed: int | None = 0) -> Llama:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         return load_folder(_from_hub(str(name)), str(name))
     raise FileNotFoundError(
-        f"no model {str(name)!r}: expected {DEFAULT_MODEL}, tiny, a folder with config.json and *.safetensors, "
-        "or org/name of the Hugging Face hub"
+        f"no model {str(name)!r}: expected {DEFAULT_MODEL}, tiny, a folder with config.json and "
+        "*.safetensors, or org/name of the Hugging Face hub"
     )
 
 
 def load_folder(folder: Path, name: str) -> Llama:
-    """Load a folder in Hugging Face layout: ``config.json``, one or several ``*.safetensors``, ``tokenizer.json``."""
+    """Load a folder in Hugging Face layout. Raises as ``load`` does."""
     if not (folder / "config.json").exists():
         raise FileNotFoundError(
             f"{folder / 'config.json'} is missing; expected a model in Hugging Face layout"
@@ -69,9 +69,10 @@ def load_folder(folder: Path, name: str) -> Llama:
 def build(
     config: ModelConfig, tensors: dict[str, torch.Tensor], tokenizer: Tokenizer | None, name: str
 ) -> Llama:
-    """A model around the tensors, by Hugging Face name; they are used as they are, in float32, without a copy.
+    """A model around tensors by Hugging Face name; those in float32 are used as they are, without a copy.
 
-    Raises ValueError that names every tensor that is missing, left over, or has another shape than the config says.
+    Raises ValueError that names every tensor that is missing, left over, or has another shape than the
+    config says.
     """
     model = Llama(config, tokenizer, name)  # allocated but never written to, so it takes no memory
     expected = dict(model.state_dict())
@@ -90,7 +91,8 @@ def build(
     ]
     if problems:
         raise ValueError(
-            f"the tensors of {name} do not fit its config.json ({config.architecture}, {config.layers} layers): "
+            f"the tensors of {name} do not fit its config.json "
+            f"({config.architecture}, {config.layers} layers): "
             + "; ".join(problems[:6])
             + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
             + ". The download may be incomplete, or the config belongs to another model"
@@ -104,7 +106,8 @@ def build(
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors files, memory-mapped. Raises when a file is missing or cut short."""
+    """All tensors of a folder's safetensors files, memory-mapped. Raises when a file is missing or cut
+    short."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -143,8 +146,8 @@ def _from_hub(name: str) -> Path:
     except LocalEntryNotFoundError as error:
         reason = "LABKIT_OFFLINE=1 forbids fetching it" if offline else "the hub cannot be reached"
         raise RuntimeError(
-            f"{name} is not in the Hugging Face cache and {reason}; fetch it where there is a network, or give the "
-            f"path of a folder. Without one the bundled model works: LABKIT_MODEL={DEFAULT_MODEL}"
+            f"{name} is not in the Hugging Face cache and {reason}; fetch it where there is a network, or give "
+            f"the path of a folder. Without one the bundled model works: LABKIT_MODEL={DEFAULT_MODEL}"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise RuntimeError(f"fetching {name} from the Hugging Face hub failed: {error}") from error

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and the chat template. The merging itself is done by the ``tokenizers`` package."""
+"""Text to token ids and back, and the chat template; the ``tokenizers`` package does the merging."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import tokenizers
 
 
 class ChatText(str):
-    """A conversation as the template writes it, which remembers its token ids: ``encode`` gives those back."""
+    """A conversation as the template writes it, with its token ids, which ``encode`` gives back."""
 
     ids: list[int]
 
@@ -24,9 +24,10 @@ class ChatText(str):
 class Tokenizer:
     """A ``tokenizer.json`` with the chat template and special tokens that stand in the files beside it.
 
-    ``encode`` treats its text as a person's words: ``<|im_end|>`` written by a user is ten ordinary characters, never
-    the token that ends a message. Such tokens come from ``encode(chat(messages))``, where the template put them and
-    nowhere else, and from ``encode(text, special=True)`` for a text that one has composed oneself.
+    ``encode`` treats its text as a person's words: ``<|im_end|>`` written by a user is ten ordinary
+    characters, never the token that ends a message. Such tokens come from ``encode(chat(messages))``,
+    where the template put them and nowhere else, and from ``encode(text, special=True)`` for a text that
+    one has composed oneself.
     """
 
     def __init__(
@@ -39,8 +40,8 @@ class Tokenizer:
         eos_token: str | None = None,
     ) -> None:
         self._backend = backend
-        # The same rules without special tokens, for text from outside. Two objects, because a switch on one would
-        # change what another thread is encoding.
+        # The same rules without special tokens, for text from outside. Two objects, because a switch on
+        # one would change what another thread is encoding.
         self._plain = tokenizers.Tokenizer.from_str(backend.to_str())
         self._plain.encode_special_tokens = True
         self.chat_template = chat_template
@@ -49,7 +50,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, eos_ids: Sequence[int] = ()) -> Tokenizer:
-        """Read ``tokenizer.json`` and, where they are, ``tokenizer_config.json`` and ``chat_template.jinja``.
+        """Read ``tokenizer.json`` and, where there, ``tokenizer_config.json`` and ``chat_template.jinja``.
 
         eos_ids are the model's (``ModelConfig.eos_ids``); the tokenizer's own end token is added to them.
         Raises FileNotFoundError when there is no tokenizer.json, ValueError when it cannot be read.
@@ -57,8 +58,8 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.exists():
             raise FileNotFoundError(
-                f"{path} is missing; labkit reads the fast format only: save the tokenizer once with transformers' "
-                "AutoTokenizer.save_pretrained and put its tokenizer.json there"
+                f"{path} is missing; labkit reads the fast format only: save the tokenizer once with "
+                "transformers' AutoTokenizer.save_pretrained and put its tokenizer.json there"
             )
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
@@ -112,7 +113,10 @@ class Tokenizer:
         return backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
-        """The text of the ids; bytes that are no whole character become U+FFFD. ``special=False`` leaves those out."""
+        """The text of the ids; bytes that are no whole character become U+FFFD.
+
+        ``special=False`` leaves special tokens out.
+        """
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=not special)
 
     def stream(self, *, special: bool = False) -> TokenStream:
@@ -122,9 +126,9 @@ class Tokenizer:
     def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> ChatText:
         """The conversation as the model's template writes it; ``encode`` it to feed the model.
 
-        messages: dicts with ``role`` and ``content``. Special tokens come from the template alone: those that someone
-        wrote into a message are encoded as the characters they are.
-        Raises ValueError when the model has no template, or when the template refuses the messages.
+        messages: dicts with ``role`` and ``content``. Special tokens come from the template alone: those
+        that someone wrote into a message are encoded as the characters they are. Raises ValueError when
+        the model has no template, or when the template refuses the messages.
         """
         shielded, stand_ins = self._shield(messages)
         rendered = self._render(shielded, add_generation_prompt)
@@ -146,7 +150,7 @@ class Tokenizer:
         return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     def _shield(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[Any], dict[str, str]]:
-        """The messages with special tokens replaced by private-use characters that occur nowhere in them."""
+        """The messages, special tokens replaced by private-use characters that occur nowhere in them."""
         if not self.special:
             return list(messages), {}
         taken = set(json.dumps(messages, ensure_ascii=False, default=str))
