@@ -22,7 +22,7 @@ def test_normalise_strips_and_is_stable() -> None:
     ]
     cell = new_code_cell("a = 1   \n", outputs=outputs, metadata={"vscode": {"t": 1}, "tags": ["t"]})
     notebook = new_notebook(
-        cells=[cell], metadata={"widgets": {"state": {}}, "kernelspec": {"name": "mine"}}
+        cells=[cell], metadata={"widgets": {"state": {}}, "kernelspec": {"name": "mine", "display_name": "Mine"}}
     )
     normalise(notebook)
     once = nbformat.writes(notebook)
