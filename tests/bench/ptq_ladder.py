@@ -53,10 +53,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--protocol", choices=["full", "lesson"], default="full")
     parser.add_argument("--model", default=None, help="default: the bundled model")
+    parser.add_argument("--resume", action="store_true", help="keep the seeds that --out has already")
     args = parser.parse_args()
 
-    rows: list[dict[str, Any]] = []
-    for seed in args.seeds:
+    rows: list[dict[str, Any]] = json.loads(args.out.read_text())["rows"] if args.resume else []
+    write(args, rows)
+    for seed in sorted(set(args.seeds) - {row["seed"] for row in rows}):
         original = models.load(args.model, seed=seed)
         seconds: list[float] = []
 
@@ -80,6 +82,11 @@ def main() -> None:
                 f"top1 {report.top1:.3f}  {spent:5.1f} s",
                 flush=True,
             )
+        write(args, rows)
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    if rows:
         with whole_file(args.out) as part:
             part.write_text(json.dumps(record(args, rows), indent=1) + "\n", encoding="utf-8")
             part.chmod(0o644)
