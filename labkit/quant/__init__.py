@@ -2,7 +2,7 @@
 
 from labkit.quant.blocks import Blocks
 from labkit.quant.encode import encode, fake_quantize
-from labkit.quant.error import hessian_error, mse, sqnr_db
+from labkit.quant.error import hessian_error, mse, rounding_and_clipping, sqnr_db
 from labkit.quant.fit import fit, params_for
 from labkit.quant.formats import round_to_format, values_of
 from labkit.quant.gptq import GPTQWarning, gptq
@@ -35,6 +35,7 @@ __all__ = [
     "mse",
     "params_for",
     "round_to_format",
+    "rounding_and_clipping",
     "rtn",
     "sqnr_db",
     "values_of",

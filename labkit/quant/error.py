@@ -1,4 +1,4 @@
-"""How far a quantized tensor lies from the original: three formulas, summed in float64."""
+"""How far a quantized tensor lies from the original, summed in float64."""
 
 from __future__ import annotations
 
@@ -22,6 +22,24 @@ def mse(original: Tensor, quantized: Tensor | QuantizedTensor) -> float:
     if x.numel() == 0:
         raise ValueError(f"mse is a mean over elements; found none, shape {tuple(x.shape)}")
     return (x - q).square().mean().item()
+
+
+def rounding_and_clipping(
+    original: Tensor, quantized: Tensor | QuantizedTensor, scale: Tensor | float
+) -> tuple[float, float]:
+    """The mean squared error in two parts that add up to ``mse``: what rounding does and what clipping does.
+
+    Rounding to an integer grid is off by half a step at most, so an element that is further off was clipped.
+    All of its error counts as clipping. ``scale`` is the step, of a shape that broadcasts against
+    ``original``. Raises ValueError as ``mse`` does.
+    """
+    x, q = _pair(original, quantized)
+    total = mse(x, q)
+    error = (x - q).abs()
+    step = torch.as_tensor(scale).double()
+    slack = 1e-5 * step + 1e-6 * x.abs()  # half a step exactly, computed in float32, is still rounding
+    clipped = torch.where(error > step / 2 + slack, error, 0).square().mean().item()
+    return total - clipped, clipped
 
 
 def sqnr_db(original: Tensor, quantized: Tensor | QuantizedTensor) -> float:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from labkit.quant import QuantSpec, Stats, hessian_error, mse, rtn, sqnr_db
+from labkit.quant import QuantSpec, Stats, hessian_error, mse, rounding_and_clipping, rtn, sqnr_db
 
 
 def test_by_hand():
@@ -28,6 +28,21 @@ def test_hessian_error_is_the_relative_error_of_the_outputs():
     expected = float((before - after).square().sum() / before.square().sum())
     for stats in (Stats.of(inputs), Stats(inputs.T @ inputs, 50)):
         assert hessian_error(weight, found, stats.hessian) == pytest.approx(expected, rel=1e-5)
+
+
+def test_rounding_and_clipping_by_hand():
+    # step 1, codes -8 to 7: 0.25 rounds to 0, 2.5 to 2 (half a step is rounding), 10 is clipped to 7
+    x, q = torch.tensor([[0.25, 2.5, 10.0, -8.0]]), torch.tensor([[0.0, 2.0, 7.0, -8.0]])
+    assert rounding_and_clipping(x, q, 1.0) == ((0.0625 + 0.25) / 4, 9 / 4)
+    rows = torch.tensor([[1.0], [8.0]])  # a step per row: 3 off is clipping in one and rounding in the other
+    assert rounding_and_clipping(torch.tensor([[3.0], [3.0]]), torch.zeros(2, 1), rows) == (4.5, 4.5)
+
+
+def test_half_a_step_in_float32_is_rounding():
+    scale = torch.tensor(0.1)
+    x = (torch.arange(-8, 7) + 0.5) * scale  # computed in float32: half a step, give or take a last bit
+    rounding, clipping = rounding_and_clipping(x, torch.arange(-8, 7) * scale, scale)
+    assert clipping == 0 and rounding == pytest.approx(0.05**2, rel=1e-5)
 
 
 def test_one_more_bit_is_worth_6_db():
