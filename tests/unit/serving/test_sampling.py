@@ -37,6 +37,10 @@ def test_a_draw_walks_the_vocabulary_by_its_probabilities(u: float, token: int):
     assert draw.drawn == 1
 
 
+def test_an_impossible_first_token_is_not_drawn():
+    assert choose(torch.tensor([-torch.inf, 0.0, 0.0]), SamplingParams(temperature=1.0), Fixed(0.0)) == 1
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_frequencies_follow_softmax_at_the_temperature(temperature: float):
     logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0])
