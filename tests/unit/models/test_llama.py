@@ -56,7 +56,10 @@ def test_a_linear_takes_a_quantized_weight_and_gives_it_back(bias: bool) -> None
     assert linear.weight is quantized and "weight" not in dict(linear.named_parameters())
     expected = x @ quantized.dequantize().T + (linear.bias if bias else 0)
     assert (linear(x) - expected).abs().max() < 0.02 * expected.abs().max()
-    linear.weight = weight * 2  # and the prepared kernel of the old weight is gone
+    linear.weight = again = rtn(-weight, QuantSpec.parse("int4 g32 asym"))
+    expected = x @ again.dequantize().T + (linear.bias if bias else 0)  # the old kernel is gone
+    assert (linear(x) - expected).abs().max() < 0.02 * expected.abs().max()
+    linear.weight = weight * 2
     torch.testing.assert_close(linear(x), x @ (2 * weight).T + (linear.bias if bias else 0))
     assert (linear.out_features, linear.in_features) == (32, 64)
 
