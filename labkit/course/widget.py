@@ -14,6 +14,7 @@ from typing import Any
 
 import ipywidgets as widgets
 import plotly.graph_objects as go
+import traitlets
 from IPython.display import display
 
 from labkit.course import plot  # noqa: F401  the house style, also for figures made without its helpers
@@ -34,6 +35,7 @@ def explore(function: Callable[..., Any], **controls: Any) -> None:
     - ``(low, high, step)`` of floats, or ``(low, high, step, start)``: a slider over real numbers
     - a list or a dict of name to value: a choice
     - ``True`` or ``False``: a box to tick
+    - a string of 0 and 1: as many bits to flip; the function gets a string of the same length
     - ``(start, range(...))`` or ``(start, [...])``: the same, starting elsewhere
 
     Labels are the argument's names with blanks for underscores. Drawing waits until the slider rests; a
@@ -121,6 +123,31 @@ class Explorer:
         return widgets.HTML(_html(result))
 
 
+class Bits(widgets.HBox):
+    """A row of buttons, one a bit; ``value`` is their string."""
+
+    value = traitlets.Unicode()
+
+    def __init__(self, start: str, description: str) -> None:
+        self.buttons = [
+            widgets.ToggleButton(
+                bit == "1",
+                description=bit,
+                tooltip=f"bit {len(start) - 1 - i}",
+                layout=widgets.Layout(width="2.2em", padding="0", margin="1px"),
+            )
+            for i, bit in enumerate(start)
+        ]
+        for button in self.buttons:
+            button.observe(self._flipped, names="value")
+        super().__init__([widgets.Label(description, layout=widgets.Layout(width="12em")), *self.buttons])
+        self.value = start
+
+    def _flipped(self, change: Any) -> None:
+        change["owner"].description = str(int(change["new"]))
+        self.value = "".join(button.description for button in self.buttons)
+
+
 def _control(name: str, spec: Any) -> widgets.Widget:
     label = name.replace("_", " ")
     common: dict[str, Any] = {
@@ -132,6 +159,8 @@ def _control(name: str, spec: Any) -> widgets.Widget:
     start = None
     if isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[1], range | list | dict):
         start, spec = spec
+    if isinstance(spec, str) and spec and set(spec) <= {"0", "1"}:
+        return Bits(spec, label)
     if isinstance(spec, bool):
         return widgets.Checkbox(value=spec, indent=True, **common)
     if isinstance(spec, range):
@@ -149,8 +178,8 @@ def _control(name: str, spec: Any) -> widgets.Widget:
         options = list(spec.items()) if isinstance(spec, dict) else [(str(v), v) for v in spec]
         return widgets.Dropdown(options=options, value=options[0][1] if start is None else start, **common)
     raise TypeError(
-        f"the control {name!r} is {spec!r}; expected a range, (low, high, step), a list, a dict or a bool, "
-        "or (start, one of these)"
+        f"the control {name!r} is {spec!r}; expected a range, (low, high, step), a list, a dict, a bool or "
+        "a string of 0 and 1, or (start, one of these)"
     )
 
 

@@ -1,0 +1,54 @@
+"""How many bytes a model needs, from its shapes alone: weights, scales, KV cache. Nothing is loaded."""
+
+from __future__ import annotations
+
+from labkit.models.config import ModelConfig
+
+
+def _llama(
+    layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, vocab: int, tied: bool
+) -> ModelConfig:
+    return ModelConfig(
+        architecture="llama",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        tie_embeddings=tied,
+    )
+
+
+# Shapes of well-known models, from the config.json that each is published with.
+KNOWN = {
+    "SmolLM2 135M": _llama(30, 576, 1536, 9, 3, 49152, True),
+    "SmolLM2 360M": _llama(32, 960, 2560, 15, 5, 49152, True),
+    "Llama 3.2 1B": _llama(16, 2048, 8192, 32, 8, 128256, True),
+    "Llama 3.2 3B": _llama(28, 3072, 8192, 24, 8, 128256, True),
+    "Llama 3.1 8B": _llama(32, 4096, 14336, 32, 8, 128256, False),
+    "Llama 3.1 70B": _llama(80, 8192, 28672, 64, 8, 128256, False),
+    "Llama 3.1 405B": _llama(126, 16384, 53248, 128, 8, 128256, False),
+}
+
+
+def parameters(config: ModelConfig) -> int:
+    """How many numbers the model has. A tied head is counted once; biases and q/k norms where the model has them."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    layer = hidden * (2 * q + 2 * kv) + 3 * hidden * mlp + 2 * hidden
+    layer += (q + 2 * kv) * config.qkv_bias + hidden * config.o_bias
+    layer += (2 * mlp + hidden) * config.mlp_bias + 2 * config.head_dim * config.qk_norm
+    tables = config.vocab_size * hidden * (1 if config.tie_embeddings else 2)
+    return config.layers * layer + tables + hidden
+
+
+def weight_bytes(count: int, bits: float, group: int | None = None, scale_bits: int = 16) -> float:
+    """Bytes of ``count`` weights at ``bits`` each, with a scale of ``scale_bits`` for every ``group`` of them."""
+    return count * (bits + (scale_bits / group if group else 0.0)) / 8
+
+
+def kv_bytes(config: ModelConfig, tokens: int, bits: float = 16) -> float:
+    """Bytes of the keys and values of ``tokens`` tokens, over all layers; a sliding window is not counted off."""
+    return 2 * config.layers * config.kv_heads * config.head_dim * tokens * bits / 8
