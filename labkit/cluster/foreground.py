@@ -15,6 +15,7 @@ from labkit.cluster.local import serve
 from labkit.serving.deployment import Deployment
 
 PARENT_CHECK_S = 0.5
+STOP_S = 90  # for tidying up; then the process ends as it is, and ray_session's watcher does the rest
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -50,6 +51,8 @@ def _listen() -> None:
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         for name in STOP_SIGNALS:  # a second Ctrl-C must not interrupt the tidying up
             signal.signal(name, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(STOP_S)
         raise Stop
 
     for name in STOP_SIGNALS:
@@ -68,5 +71,7 @@ def _end_with_parent() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_CHECK_S)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(STOP_S)
+        os.kill(os.getpid(), signal.SIGKILL)  # it never came to handle the signal
 
     threading.Thread(target=watch, name="labkit-parent", daemon=True).start()

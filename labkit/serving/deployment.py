@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from labkit.settings import DEFAULT_MODEL
+
+TINY = "tiny"
+ON_A_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 class Deployment(BaseModel):
@@ -50,19 +56,21 @@ class Deployment(BaseModel):
         return fields
 
     def check(self) -> None:
-        """See that the checkpoint is here, before anything slow is started.
+        """See that the checkpoint can be one, before anything slow is started. What ``org/name`` of a hub
+        has is left to ``load``.
 
-        Raises FileNotFoundError that says what is missing. Names of the lab and of a hub are left to
-        ``load``.
+        Raises FileNotFoundError that says what is missing.
         """
         path = Path(self.checkpoint).expanduser()
         if path.is_dir():
-            if not (path / "config.json").exists():
+            if not (path / "config.json").exists() or not any(path.glob("*.safetensors")):
                 raise FileNotFoundError(
-                    f"{path} has no config.json: expected a checkpoint made by `labkit quantize --out "
-                    f"{path}` or a model in Hugging Face layout"
+                    f"{path} lacks config.json or *.safetensors: expected a checkpoint made by `labkit "
+                    "quantize` or a model in Hugging Face layout"
                 )
-        elif path.exists() or path.is_absolute() or self.checkpoint.startswith((".", "~")):
+        elif path.exists() or not (
+            self.checkpoint in (TINY, DEFAULT_MODEL) or ON_A_HUB.fullmatch(self.checkpoint)
+        ):
             raise FileNotFoundError(
                 f"checkpoint {self.checkpoint!r} is not a folder; make one with `labkit quantize --out "
                 f"{self.checkpoint}`, or give the name of a model (`labkit models list`)"

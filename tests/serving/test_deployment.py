@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from labkit import models
 from labkit.cluster.local import reserve
 from labkit.serving import Deployment
 from labkit.serving.app import build
+from labkit.settings import DEFAULT_MODEL
 
 
 def test_json_there_and_back() -> None:
@@ -40,12 +42,28 @@ def test_wrong_fields_are_refused(fields: dict[str, object]) -> None:
 
 
 def test_names_are_left_to_load_and_folders_are_looked_at(tmp_path: Path) -> None:
-    Deployment(checkpoint="tiny").check()
-    Deployment(checkpoint="org/model").check()
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        Deployment(checkpoint=str(tmp_path)).check()
-    with pytest.raises(FileNotFoundError, match="labkit quantize"):
-        Deployment(checkpoint=str(tmp_path / "none")).check()
+    for name in ("tiny", DEFAULT_MODEL, "org/model"):
+        Deployment(checkpoint=name).check()
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for wrong, says in [
+        (str(tmp_path / "empty"), "lacks config.json"),
+        (str(tmp_path / "none"), "labkit quantize"),
+        (str(tmp_path / "file"), "is not a folder"),
+        ("../none", "is not a folder"),
+        ("tinny", "labkit models list"),
+    ]:
+        with pytest.raises(FileNotFoundError, match=says):
+            Deployment(checkpoint=wrong).check()
+
+
+def test_what_save_writes_passes(tmp_path: Path) -> None:
+    recipe = models.Recipe.parse("name: r\nrules: [{match: '*', weight: int8 channel, method: rtn}]")
+    folder = models.save(models.quantize(models.load("tiny"), recipe), tmp_path / "w8")
+    Deployment(checkpoint=str(folder)).check()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        Deployment(checkpoint=str(folder)).check()
 
 
 def test_build_takes_what_a_serve_config_holds() -> None:

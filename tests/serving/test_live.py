@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
+from server import until
 
 from labkit.cluster.local import Endpoint, serve
 from labkit.models import load
@@ -58,13 +61,6 @@ def greedy(model: Any, prompt: str, count: int) -> str:
                 break
             ids.append(token)
     return str(model.tokenizer.decode(ids[start:]))
-
-
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.05)
 
 
 def total(endpoint: Endpoint, name: str, what: str) -> int:
@@ -175,7 +171,7 @@ def test_a_client_that_leaves_a_stream_frees_the_slot(endpoint: Endpoint, client
     next(iter(stream))
     assert total(endpoint, "tiny", "running") == 1
     stream.close()
-    until(lambda: total(endpoint, "tiny", "running") == 0)
+    until(lambda: total(endpoint, "tiny", "running") == 0, 20)
     assert total(endpoint, "tiny", "cancelled") == before + 1
 
 
@@ -184,7 +180,7 @@ def test_a_client_that_leaves_a_plain_request_frees_the_slot(endpoint: Endpoint)
     body = {"model": "tiny", "prompt": "Call me", "max_tokens": LONG, "temperature": 0}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{endpoint.url}/completions", json=body, timeout=0.3)
-    until(lambda: total(endpoint, "tiny", "cancelled") == before + 1)
+    until(lambda: total(endpoint, "tiny", "cancelled") == before + 1, 20)
     assert total(endpoint, "tiny", "running") == 0
 
 
@@ -192,6 +188,37 @@ def test_one_ray_serves_one_endpoint(endpoint: Endpoint) -> None:
     with pytest.raises(RuntimeError, match="serves already"):
         serve(Deployment(checkpoint="tiny", name="another"))
     assert endpoint.health()["status"] == "ok"
+
+
+def test_a_model_whose_replicas_die_says_so_and_comes_back(endpoint: Endpoint) -> None:
+    body = {"model": "tiny", "prompt": "Call me", "max_tokens": LONG, "temperature": 0}
+    caught: list[httpx.Response] = []
+    asking = threading.Thread(
+        target=lambda: caught.append(httpx.post(f"{endpoint.url}/completions", json=body, timeout=120))
+    )
+    asking.start()
+    until(lambda: total(endpoint, "tiny", "running") == 1, 20)
+    replicas = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "".join(process.cmdline()[:1]).startswith("ray::ServeReplica:labkit:model-tiny")
+    ]
+    assert len(replicas) == 2
+    for replica in replicas:
+        replica.kill()
+    asking.join()
+    assert caught[0].status_code == 503
+    assert caught[0].json()["error"]["type"] == "server_error"
+
+    def comes_back() -> bool:
+        ask = {**body, "max_tokens": 1}
+        again = httpx.post(f"{endpoint.url}/completions", json=ask, timeout=120).status_code
+        assert again in (200, 503)
+        return again == 200
+
+    until(comes_back, 120)
+    ask = {**body, "model": "short", "max_tokens": 1}
+    assert httpx.post(f"{endpoint.url}/completions", json=ask, timeout=60).status_code == 200
 
 
 def test_names_must_differ() -> None:
