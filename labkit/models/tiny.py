@@ -1,7 +1,7 @@
 """``train_tiny``: the lab's own small Llama, trained on Moby Dick in minutes and never quantized before.
 
-It is the model of the fast tests, and the one on which the order of the methods is confirmed: the bundled model came
-in 4 bits, this one in full precision.
+It is the model of the fast tests, and the one on which the order of the methods is confirmed: the bundled
+model came in 4 bits, this one in full precision.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ from labkit.settings import settings
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Grouped heads 3:1 and a head_dim other than hidden / heads, so that nothing that mixes them up passes a test; every
-# row length a multiple of 64, the lab's usual group.
+# Grouped heads 4:1 and a head_dim other than hidden / heads, so that nothing that mixes them up passes a
+# test; every row length a multiple of 64, the lab's usual group. hidden / heads must be whole:
+# transformers asks for it.
 CONFIG = ModelConfig(
     architecture="llama",
     vocab_size=1024,
     hidden_size=128,
     intermediate_size=384,
     layers=4,
-    heads=6,
+    heads=8,
     kv_heads=2,
     head_dim=32,
     norm_eps=1e-5,
@@ -56,10 +58,10 @@ def train_tiny(
 ) -> dict[str, float]:
     """Train the tiny model and write it to ``folder`` in Hugging Face layout, weights in fp16.
 
-    It learns from the first 80 % of the chapters, so the last 20 %, where ``evaluate`` measures, are new to it.
-    Returns what the README it writes says too: parameters, steps, seconds, and the perplexity per token on the last
-    20 %. The same seed gives the same model on the same machine and torch; elsewhere the last digits differ.
-    Raises FileExistsError when the folder exists and ``overwrite`` is not set.
+    It learns from the first 80 % of the chapters, so the last 20 %, where ``evaluate`` measures, are new
+    to it. Returns what the README it writes says too: parameters, steps, seconds, and the perplexity per
+    token on the last 20 %. The same seed gives the same model on the same machine and torch; elsewhere
+    the last digits differ. Raises FileExistsError when the folder exists and ``overwrite`` is not set.
     """
     started = time.perf_counter()
     with whole_folder(folder, overwrite=overwrite) as part:
@@ -116,7 +118,7 @@ def _train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def _stream(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
-    """All token ids to learn from: each chapter as it is, and once more as a talk of alternating sentences."""
+    """All token ids to learn from: each chapter as it is, then some of its sentences as talk."""
     ids: list[int] = []
     for text in texts:
         ids += [*tokenizer.encode(text), tokenizer.special["<|endoftext|>"]]
@@ -190,15 +192,18 @@ def _readme(report: dict[str, float]) -> str:
     return f"""# The tiny model
 
 A Llama of the lab's own: {report["parameters"]:,} parameters, {c.layers} layers, hidden size {c.hidden_size},
-{c.heads} query heads on {c.kv_heads} KV heads of {c.head_dim} channels, MLP {c.intermediate_size}, byte-level BPE of
-{c.vocab_size} tokens, embedding tied to the head. Weights in fp16. `LABKIT_MODEL=tiny` loads it.
+{c.heads} query heads on {c.kv_heads} KV heads of {c.head_dim} channels, MLP {c.intermediate_size},
+byte-level BPE of {c.vocab_size} tokens, embedding tied to the head. Weights in fp16. `LABKIT_MODEL=tiny`
+loads it.
 
-Made by `labkit models train-tiny --seed {report["seed"]} --steps {report["steps"]}` in {report["seconds"]} s on the two
-cores of the machine that made it (torch {torch.__version__.split("+")[0]}), from the first 80 % of the chapters of
-`data/texts/moby_dick.txt` (public domain): each chapter as it is, and sentences of it as user and assistant, so that the
-model knows its chat template. The last 20 % were held back: perplexity {report["perplexity"]} per token there (its own
-tokens, of {report["characters_per_token"]} characters on average).
+Made by `labkit models train-tiny --seed {report["seed"]} --steps {report["steps"]} --out DIR`
+in {report["seconds"]} s on two cores, torch {torch.__version__.split("+")[0]}.
 
-It was never quantized before, it is small enough for the repository, and it writes nonsense that sounds like Melville.
-Licence: Apache-2.0, as the rest of the lab.
+It learned from the first 80 % of the chapters of `data/texts/moby_dick.txt` (public domain): each chapter
+as it is, and some of its sentences as user and assistant, so that it knows its chat template. The last
+20 % were held back: perplexity {report["perplexity"]} per token there, a token having
+{report["characters_per_token"]} characters on average.
+
+It was never quantized before, it is small enough for the repository, and it writes nonsense that sounds
+like Melville. Licence: Apache-2.0, as the rest of the lab.
 """
