@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 def cache_bytes() -> int | None:
@@ -31,24 +29,14 @@ def cache_bytes() -> int | None:
     return max(sizes) or None
 
 
-def read_rate(x: Tensor, rounds: int = 5) -> float:
-    """Bytes per second at which torch reads all of ``x`` once (a sum): the best of ``rounds``."""
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        x.sum()
-        best = min(best, time.perf_counter() - start)
-    return x.nbytes / best
-
-
 def streamed(
-    copies: Mapping[str, Sequence[Any]], run: Callable[[str, Any], object], *, rounds: int = 15
+    copies: Mapping[str, Sequence[Any]], run: Callable[[str, Any], object], *, rounds: int = 20
 ) -> dict[str, float]:
-    """Median seconds of ``run(name, copy)`` for each name.
+    """Least seconds of ``run(name, copy)`` for each name: what else the machine does only adds time.
 
-    ``copies`` holds equal copies of one weight under each name, together larger than the last-level cache:
-    they are taken in turn, so that none is still in a cache when it comes round again. Names take turns too,
-    so that a slow moment of the machine hits all alike. The first two rounds warm up.
+    ``copies`` holds copies of one weight under each name. A round runs one of each, so all the others are
+    read before one comes round again: together they should be larger than the last-level cache. The first
+    two rounds warm up.
     """
     times: dict[str, list[float]] = {name: [] for name in copies}
     with torch.inference_mode():
@@ -58,4 +46,4 @@ def streamed(
                 start = time.perf_counter()
                 run(name, copy)
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken[2:]) for name, taken in times.items()}
+    return {name: min(taken[2:]) for name, taken in times.items()}
