@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import sys
 import threading
 import time
 from contextlib import redirect_stdout
-from types import FrameType
-from typing import NoReturn
 
 from labkit.cluster.local import serve
 from labkit.serving.deployment import Deployment
@@ -19,48 +18,50 @@ STOP_S = 90  # for tidying up; then the process ends as it is, and ray_session's
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Stop(BaseException):
-    """Somebody wants this process to end: Ctrl-C, SIGTERM, a closed terminal, or a parent that is gone."""
-
-
 def serve_until_stopped(*deployments: Deployment, port: int | None = None) -> None:
-    """Serve, print ``ready URL`` as the only line on stdout, and stop when told to or when the parent
-    process ends.
+    """Serve, print ``ready URL`` as the only line on stdout, and stop at Ctrl-C, SIGTERM, SIGHUP, or when
+    the parent process ends.
 
-    Raises what ``serve`` raises. To be called from the main thread: it takes over the signals.
+    Whoever stops it before it is ready does not wait: this process ends at once, and the watcher ends the
+    half-started Ray within seconds. Raises what ``serve`` raises. To be called from the main thread: it
+    takes over the signals.
     """
-    _end_with_parent()
+    # Ray runs in a thread, and this one only listens: in the main thread Ray puts its own handler for
+    # SIGTERM in place of ours, and an exception raised from a handler can get lost inside it.
+    news: queue.SimpleQueue[str] = queue.SimpleQueue()  # a signal handler may write to it
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: news.put("stop"))
+    _watch_parent(news)
+    ready, stop = threading.Event(), threading.Event()
+    failed: list[BaseException] = []
     stdout = sys.stdout
-    try:
-        _listen()
-        # What Ray prints about itself goes to stderr: who reads stdout waits for one line.
-        with redirect_stdout(sys.stderr), serve(*deployments, port=port) as endpoint:
-            _listen()  # ray.init has put a handler of its own there
-            print(f"ready {endpoint.url}", file=stdout, flush=True)
-            while True:
-                time.sleep(3600)
-    except (Stop, KeyboardInterrupt):
-        print("stopped", file=sys.stderr)
-    except SystemExit as exit:  # ray.init's handler for SIGTERM
-        if exit.code != signal.SIGTERM:
-            raise
-        print("stopped", file=sys.stderr)
+
+    def run() -> None:
+        try:
+            # What Ray prints about itself goes to stderr: who reads stdout waits for one line.
+            with redirect_stdout(sys.stderr), serve(*deployments, port=port) as endpoint:
+                print(f"ready {endpoint.url}", file=stdout, flush=True)
+                ready.set()
+                stop.wait()
+        except BaseException as error:
+            failed.append(error)
+        news.put("ended")
+
+    server = threading.Thread(target=run, name="labkit-serve", daemon=True)
+    server.start()
+    if news.get() == "stop":
+        stop.set()
+        if ready.is_set():
+            server.join(STOP_S)
+        print("stopped", file=sys.stderr, flush=True)
+        if server.is_alive():
+            os._exit(1 if ready.is_set() else 0)
+    if failed:
+        raise failed[0]
 
 
-def _listen() -> None:
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        for name in STOP_SIGNALS:  # a second Ctrl-C must not interrupt the tidying up
-            signal.signal(name, signal.SIG_IGN)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(STOP_S)
-        raise Stop
-
-    for name in STOP_SIGNALS:
-        signal.signal(name, stop)
-
-
-def _end_with_parent() -> None:
-    """Send this process SIGTERM when the one that started it ends.
+def _watch_parent(news: queue.SimpleQueue[str]) -> None:
+    """Tell when the process that started this one has ended.
 
     By looking, not by PR_SET_PDEATHSIG: Linux sends that when the *thread* that started us ends, and a
     server started from a worker thread should outlive the thread.
@@ -70,8 +71,6 @@ def _end_with_parent() -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_CHECK_S)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(STOP_S)
-        os.kill(os.getpid(), signal.SIGKILL)  # it never came to handle the signal
+        news.put("stop")
 
     threading.Thread(target=watch, name="labkit-parent", daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +27,8 @@ HOST = "127.0.0.1"
 SOCKET_PATH_LIMIT = 103  # bytes; macOS allows 104 with the closing zero, Linux 108
 # What Ray puts behind its folder: session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store, pid up
 # to 7 digits.
-SOCKET_SUFFIX = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
+INNER = "/r"
+SOCKET_SUFFIX = len(INNER + "/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
 OBJECT_STORE_MB = 256  # of /dev/shm; Ray spills to its folder beyond that, and refuses less than 75
 START_ATTEMPTS = 3
 WATCHER_TIMEOUT_S = 60.0
@@ -43,6 +45,7 @@ RAY_ENVIRONMENT = {
     # none is written to the home folder.
     "RAY_AUTH_TOKEN": _TOKEN,
     "RAY_DEDUP_LOGS": "0",
+    "RAY_BACKEND_LOG_LEVEL": "error",  # without a network it remarks on that, on the screen
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -105,7 +108,8 @@ def _start_ray(folder: str, cores: int, object_store_mb: int) -> None:
                     object_store_memory=object_store_mb * 2**20,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
-                    _temp_dir=folder,
+                    _temp_dir=folder
+                    + INNER,  # Ray opens its folder to everybody; the one around it stays ours
                 )
                 return
             except Exception as error:  # Ray raises bare Exception
@@ -135,7 +139,9 @@ class Endpoint:
 
     def close(self) -> None:
         """Stop serving, and end Ray where ``serve`` started it. May be called more than once."""
-        self._stack.close()
+        # Serve's controller is killed at the end, as always, and Ray reports that as an error.
+        with redirect_stderr(io.StringIO()):
+            self._stack.close()
 
     def __enter__(self) -> Endpoint:
         return self

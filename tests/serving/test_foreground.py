@@ -28,6 +28,7 @@ class Endpoint:
 
 def serve(*deployments, port):
     print("chatter", flush=True)
+    time.sleep({start_s})
     return Endpoint()
 
 foreground.serve, foreground.STOP_S = serve, {stop_s}
@@ -40,10 +41,15 @@ READY = "ready http://127.0.0.1:1/v1\n"
 def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
     started: list[Started] = []
 
-    def make(seconds: float = 0, stop_s: int = 60, *, by_a_parent: bool = False) -> Started:
-        command = [sys.executable, "-c", SERVE.format(seconds=seconds, stop_s=stop_s)]
-        started.append(Started(tmp_path / "output", command, by_a_parent=by_a_parent))
-        started[-1].wait_until_ready()
+    def make(
+        seconds: float = 0, stop_s: int = 60, start_s: int = 0, *, by_a_parent: bool = False
+    ) -> Started:
+        script = SERVE.format(seconds=seconds, stop_s=stop_s, start_s=start_s)
+        started.append(
+            Started(tmp_path / "output", [sys.executable, "-c", script], by_a_parent=by_a_parent)
+        )
+        if not start_s:
+            started[-1].wait_until_ready()
         return started[-1]
 
     yield make
@@ -81,4 +87,13 @@ def test_it_ends_with_its_parent(start: Callable[..., Started]) -> None:
 def test_tidying_up_that_hangs_is_cut_off(start: Callable[..., Started]) -> None:
     server = start(seconds=600, stop_s=1)
     server.started.send_signal(signal.SIGTERM)
-    assert server.started.wait(20) == -signal.SIGALRM
+    assert server.started.wait(20) == 1
+    assert server.err.read_text().split() == ["chatter", "tidying", "stopped"]
+
+
+def test_it_does_not_wait_for_a_start(start: Callable[..., Started]) -> None:
+    server = start(start_s=600)
+    until(lambda: "chatter" in server.err.read_text(), 20)
+    server.started.send_signal(signal.SIGTERM)
+    assert server.started.wait(20) == 0
+    assert (server.out.read_text(), server.err.read_text().split()) == ("", ["chatter", "stopped"])

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import psutil
 import pytest
 from server import alive, until
 
-from labkit.cluster.watch import MARKER, end
+from labkit.cluster.watch import GRACE_S, MARKER, end
 
 SLEEP = "import time; time.sleep(600)"
 # Starts a watcher as ray_session does, says its number, and waits. With "fork" there is a child that
@@ -85,6 +86,7 @@ def test_a_killed_owner_leaves_nothing(family: Family, option: str) -> None:
         for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             until(lambda ignored=ignored: ignores(watcher, ignored), 20)  # type: ignore[misc]
             watcher.send_signal(ignored)  # as a Ctrl-C or a closed terminal would
+        time.sleep(GRACE_S + 1)  # it waits, and does not begin with what it is there for
         assert all(map(alive, [watcher, *family.ours, *family.strangers])) and family.folder.exists()
         owner.kill()
         owner.wait()
