@@ -25,9 +25,9 @@ from labkit.serving.deployment import Deployment
 
 HOST = "127.0.0.1"
 SOCKET_PATH_LIMIT = 103  # bytes; macOS allows 104 with the closing zero, Linux 108
+INNER = "/r"  # Ray opens its folder to everybody; the one around it is entered by its owner alone
 # What Ray puts behind its folder: session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store, pid up
 # to 7 digits.
-INNER = "/r"
 SOCKET_SUFFIX = len(INNER + "/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
 OBJECT_STORE_MB = 256  # of /dev/shm; Ray spills to its folder beyond that, and refuses less than 75
 START_ATTEMPTS = 3
@@ -108,8 +108,7 @@ def _start_ray(folder: str, cores: int, object_store_mb: int) -> None:
                     object_store_memory=object_store_mb * 2**20,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
-                    _temp_dir=folder
-                    + INNER,  # Ray opens its folder to everybody; the one around it stays ours
+                    _temp_dir=folder + INNER,
                 )
                 return
             except Exception as error:  # Ray raises bare Exception

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -102,6 +103,8 @@ class Server(Started):
         for process in self.tree:
             if alive(process):
                 process.kill()
+        if self.tree:  # the watcher was among them
+            shutil.rmtree(self.folder, ignore_errors=True)
         super().clean_up()
 
 

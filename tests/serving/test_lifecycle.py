@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 from server import LABKIT, READY_S, Server, everything, until
 
-# ray.init as it fails where the machine is too busy to get a raylet up in the 30 s that it has.
+# What Ray does where the machine is too busy to get a raylet up in the 30 s that it has.
 BUSY = """
-import sys, ray
+import sys, ray._private.node
 from labkit import cli
-def init(**options):
-    raise Exception("The current node timed out during startup.")
-ray.init = init
+class Node:
+    def __init__(self, *args, **options):
+        raise Exception("The current node timed out during startup.")
+ray._private.node.Node = Node
 sys.argv[1:] = ["serve", "--checkpoint", "tiny"]
 cli.main()
 """
