@@ -105,10 +105,8 @@ def _values(name: str) -> tuple[float, ...]:
         sign = -1.0 if code >> (fmt.bits - 1) else 1.0
         exponent = (code >> fmt.mantissa) & (2**fmt.exponent - 1)
         fraction = (code & (2**fmt.mantissa - 1)) / 2**fmt.mantissa
-        if exponent:
-            value = (1 + fraction) * 2.0 ** (exponent - fmt.bias)
-        else:
-            value = fraction * 2.0**fmt.smallest_exponent
+        normal = (1 + fraction) * 2.0 ** (exponent - fmt.bias)
+        value = normal if exponent else fraction * 2.0**fmt.smallest_exponent
         if value > fmt.largest:  # the patterns of e4m3 and e5m2 that mean infinity or NaN
             value = math.inf if name == "fp8_e5m2" and fraction == 0 else math.nan
         values.append(sign * value)
