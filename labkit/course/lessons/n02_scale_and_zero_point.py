@@ -368,6 +368,7 @@ def ruler(low: float = -1.0, high: float = 2.75, bits: int = 4) -> go.Figure:
     scale, zero = params.dense()
     codes = torch.arange(2**bits)
     numbers = Grid(spec).dequantize(codes, scale, zero).flatten().tolist()
+    stride = next((n for n in (1, 2, 4, 8) if n * scale.item() >= 0.3), 16)  # labels that do not touch
     made = plot.figure(
         f"scale {scale.item():.4f}, zero point {int(zero)}: code {int(zero)} is 0.0 exactly",  # type: ignore[arg-type]
         "number (no unit)",
@@ -386,7 +387,7 @@ def ruler(low: float = -1.0, high: float = 2.75, bits: int = 4) -> go.Figure:
         y=[0.0] * len(numbers),
         mode="markers+text",
         name="codes",
-        text=[str(c) for c in codes.tolist()],
+        text=[str(c) if c % stride == 0 else "" for c in codes.tolist()],
         textposition="bottom center",
         textfont={"size": 10},
         marker={
@@ -504,7 +505,14 @@ def _clipping_figure(
             col=1,
         )
     title = f"{head}: rounding {rounding:.2g} % + clipping {clipped:.2g} % of the weights' power"
-    made.update_layout(title_text=title, height=560, width=700, bargap=0, legend={"x": 0.8, "y": 0.5})
+    made.update_layout(
+        title_text=title,
+        height=600,
+        width=700,
+        bargap=0,
+        legend={"orientation": "h", "x": 0.0, "y": -0.16},
+        margin_b=100,
+    )
     made.update_xaxes(title_text="weight (share of the largest)", range=[-1.02, 1.02], row=1, col=1)
     made.update_yaxes(title_text="count", type="log", range=[-0.2, 4.3], row=1, col=1)
     made.update_xaxes(
@@ -529,4 +537,6 @@ def ranges(weight: Tensor, ends: Mapping[str, float]) -> go.Figure:
             name=f"{name}: a = {a:.2f}",
             line={"color": plot.COLORS[i + (i > 4)], "dash": plot.DASHES[i], "width": 3},
         )
-    return made.update_yaxes(range=[-0.2, 4.0]).update_layout(legend={"x": 0.02, "y": 0.05})
+    made.update_layout(legend={"x": 0.02, "y": 0.05, "bgcolor": "white"})
+    made.update_xaxes(range=[0, 1.04 * weight.abs().max().item()])
+    return made.update_yaxes(range=[-0.2, 4.0], dtick=1)
