@@ -55,6 +55,11 @@ def number_of(pattern: int, name: str) -> float:
     return torch.tensor(signed, dtype=integers).view(dtype).item()
 
 
+def largest(name: str) -> float:
+    """The largest finite number of the format."""
+    return torch.finfo(DTYPES[name][0]).max if name in DTYPES else formats.largest_of(name)
+
+
 def neighbours(pattern: int, name: str) -> tuple[float | None, float | None]:
     """The next number below and above; None beyond the last one, and for a pattern that is no finite number."""
     half = 2 ** (sum(widths(name)) - 1)

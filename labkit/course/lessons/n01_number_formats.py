@@ -104,7 +104,7 @@ def _check_spacing(fn):  # type: ignore[no-untyped-def]
             rtol=1e-9,
             atol=0,
             mistakes={
-                "below the smallest normal number the spacing stops shrinking; never use an exponent below smallest_exponent": 2.0
+                "below the smallest normal number the spacing stops shrinking; mind smallest_exponent": 2.0
                 ** (math.floor(math.log2(size)) - m),
                 "you round the exponent up; between 2**E and 2**(E+1) the exponent is E = floor(log2(|x|))": 2.0
                 ** (max(above, low) - m),
@@ -151,7 +151,7 @@ def _check_round(fn):  # type: ignore[no-untyped-def]
             mistakes={
                 "your result leaves the range; clamp it to -largest .. largest": torch.round(x / steps)
                 * steps,
-                "your ties do not go to even: 17 lies halfway between 16 and 18 and becomes 16; use torch.round": away.clamp(
+                "your ties do not go to even: 17, halfway from 16 to 18, becomes 16; use torch.round": away.clamp(
                     -fmt.largest, fmt.largest
                 ),
                 "you cut off; expected the nearest number": (torch.trunc(x / steps) * steps).clamp(
@@ -179,7 +179,7 @@ def shared_exponent(block: Tensor) -> int:
 
 def _check_shared(fn):  # type: ignore[no-untyped-def]
     draw = torch.Generator().manual_seed(0)
-    for largest in (6.0, 8.0, -8.0, 7.9, 0.02, -3.0, 1000.0):
+    for largest in (5.0, 6.0, 8.0, -8.0, 7.9, 0.02, -3.0, 1000.0):
         block = torch.rand(32, generator=draw) * abs(largest) * 0.2
         block[5] = largest
         exact = shared_exponent(block)
@@ -190,11 +190,11 @@ def _check_shared(fn):  # type: ignore[no-untyped-def]
             f"your exponent for a block whose largest number is {largest}",
             mistakes={
                 "you forget the element's own exponent; 6 in e2m1 is 1.5 * 2**2, so subtract 2": exact + 2,
-                "you round the logarithm up; the rule of the specification takes floor": math.ceil(log) - 2,
                 "you round the logarithm to the nearest; the rule of the specification takes floor": round(
                     log
                 )
                 - 2,
+                "you round the logarithm up; the rule of the specification takes floor": math.ceil(log) - 2,
                 "you leave out the sign; the largest magnitude counts, block.abs()": math.floor(
                     math.log2(float(block.max()))
                 )
@@ -216,7 +216,8 @@ EXERCISES = [
             $$(-1)^s \\left(1 + \\frac{m}{8}\\right) 2^{\\,e-7} \\quad (e > 0), \\qquad
             (-1)^s \\,\\frac{m}{8}\\, 2^{-6} \\quad (e = 0)$$
 
-            and for NaN where all seven bits after the sign are 1. Work out `0b0_1000_100` on paper first, then write it down.
+            and for NaN where all seven bits after the sign are 1. Work out `0b0_1000_100` on paper
+            first, then write it down.
         """,
         starter='''
             def my_decode(pattern: int) -> float:
@@ -237,9 +238,9 @@ EXERCISES = [
         difficulty=1,
         minutes=8,
         statement="""
-            Let $E = \\lfloor \\log_2 |x| \\rfloor$, but never below the exponent of the smallest normal number. With $M$ bits of
-            mantissa there are $2^M$ even steps between $2^E$ and $2^{E+1}$. Return the length of one step. At 0 take the smallest
-            exponent.
+            Let $E = \\lfloor \\log_2 |x| \\rfloor$, but never below the exponent of the smallest normal number.
+            With $M$ bits of mantissa there are $2^M$ even steps between $2^E$ and $2^{E+1}$. Return the length of one
+            step. At 0 take the smallest exponent.
         """,
         starter='''
             def my_spacing(x: float, mantissa: int, smallest_exponent: int) -> float:
@@ -260,8 +261,9 @@ EXERCISES = [
         difficulty=2,
         minutes=12,
         statement="""
-            Round each element of `x` to the nearest number of a float format: divide by the step at that element, round to a whole
-            number (ties to even, as `torch.round` does), multiply again, and keep the result within `-largest .. largest`.
+            Round each element of `x` to the nearest number of a float format: divide by the step at that
+            element, round to a whole number (ties to even, as `torch.round` does), multiply again, and keep the result
+            within `-largest .. largest`.
         """,
         starter='''
             def my_round(x: torch.Tensor, mantissa: int, smallest_exponent: int, largest: float) -> torch.Tensor:
@@ -271,7 +273,7 @@ EXERCISES = [
         solution=round_float,
         check=_check_round,
         hints=[
-            "This is the spacing of the last exercise, for a whole tensor. `torch.frexp(x)[1] - 1` is floor(log2 |x|), exactly.",
+            "The spacing of the last exercise, for a whole tensor: `torch.frexp(x)[1] - 1` is floor(log2 |x|).",
             "`step = 2.0 ** (exponent.clamp(min=smallest_exponent) - mantissa)`.",
             "`(torch.round(x / step) * step).clamp(-largest, largest)`.",
         ],
@@ -286,7 +288,8 @@ EXERCISES = [
 
             $$X = \\left\\lfloor \\log_2 \\max_i |x_i| \\right\\rfloor - 2$$
 
-            among the 32 numbers of an mxfp4 block. Return $X$ as a whole number, and -127 (the lowest there is) for a block of zeros.
+            among the 32 numbers of an mxfp4 block. Return $X$ as a whole number, and -127 (the
+            lowest there is) for a block of zeros.
         """,
         starter='''
             def my_shared_exponent(block: torch.Tensor) -> int:
@@ -306,7 +309,7 @@ QUIZ = [
     Question(
         "bf16 and fp16 both take 16 bits. Which statement is true?",
         {
-            "bf16 is finer near 1, fp16 reaches further": "The other way round: bf16 spends 8 bits on the exponent and 7 on the mantissa.",
+            "bf16 is finer near 1, fp16 reaches further": "The other way round: bf16 has `8 + 7` bits.",
             "fp16 is finer near 1, bf16 reaches further": "10 bits of mantissa against 7, and 65504 against 3.4e38.",
             "They differ only in how they round": "They share the bits out differently: `5 + 10` against `8 + 7`.",
         },
@@ -315,8 +318,8 @@ QUIZ = [
     Question(
         "A server decodes one request, and all its weights are halved in bytes. What happens at best?",
         {
-            "Each token takes about half as long": "One row reads every weight once and does little with it: bytes decide.",
-            "Nothing: the multiplications stay the same": "That holds for many rows at once, where each weight that was read is used often.",
+            "Each token takes about half as long": "One row reads every weight once: bytes decide.",
+            "Nothing: the multiplications stay the same": "That holds for many rows, which share each weight read.",
             "Each token takes about a quarter": "Half the bytes at the same bytes per second is half the time.",
         },
         answer="a",
@@ -340,8 +343,8 @@ FREE = 0.9  # of a device's memory is for weights and cache; the rest holds acti
 
 
 def bit_flipper(format: str = "fp8_e4m3", bits: str = "0100010000000000") -> go.Figure:
-    """The first bits of ``bits`` read as ``format``, and the numbers on either side. fp32 shows its first 16 bits, the rest are 0."""
-    sign, exponent, mantissa = widths(format)
+    """The first of ``bits`` read as ``format``, and the numbers on either side; fp32's other 16 bits are 0."""
+    sign, exponent, _ = widths(format)
     width = min(sum(widths(format)), 16)
     pattern = int(bits[:width], 2) << (sum(widths(format)) - width)
     value = number_of(pattern, format)
@@ -384,7 +387,7 @@ def bit_flipper(format: str = "fp8_e4m3", bits: str = "0100010000000000") -> go.
 
 
 def _formula(pattern: int, name: str) -> str:
-    sign, exponent, mantissa = widths(name)
+    _, exponent, mantissa = widths(name)
     bits = sum(widths(name))
     if not exponent:
         return f"{'-' + str(2 ** (bits - 1)) if pattern >> (bits - 1) else '0'} + {pattern & 2 ** (bits - 1) - 1}"
@@ -429,7 +432,7 @@ def memory(
     requests: int = 1,
     tokens: int = 8192,
 ) -> go.Figure:
-    """What a model needs: weights, a 16-bit scale for 64 of them below 16 bits, and the cache of ``requests`` x ``tokens``."""
+    """What a model needs: weights, a 16-bit scale for 64 of them below 16 bits, the cache of all requests."""
     count = parameters(KNOWN[model])
     parts = {
         "weights": weight_bytes(count, weight_bits) / 1e9,
@@ -446,24 +449,22 @@ def memory(
     )
     made.add_bar(
         x=list(parts.values()),
-        y=list(parts),
+        y=[f"{name}<br>{size:.3g} GB" for name, size in parts.items()],
         orientation="h",
         marker_color=[plot.BLUE, plot.ORANGE, plot.GREEN, plot.BLACK],
-        text=[f"{size:.3g} GB" if size else "none" for size in parts.values()],
-        textposition="outside",
-        cliponaxis=False,
         showlegend=False,
     )
     for i, (name, size) in enumerate(DEVICES.items()):
         made.add_vline(x=FREE * size, line={"color": plot.RED, "dash": plot.DASHES[i + 1]})
         made.add_annotation(
             x=math.log10(FREE * size),
-            y=1.0 + 0.07 * i,
+            y=1.02 + 0.09 * i,
             yref="paper",
             text=name,
             showarrow=False,
             xanchor="left",
-            font={"size": 11},
+            yanchor="bottom",
+            font={"size": 12},
         )
     made.update_layout(margin={"t": 110}, title={"y": 0.95})
     made.update_xaxes(
@@ -481,7 +482,8 @@ def time_against_bytes(
     most, least = max(one, key=lambda name: sizes[name]), min(one, key=lambda name: sizes[name])
     rate = max(sizes[name] / one[name] for name in one)
     made = plot.figure(
-        f"{most} to {least}: one row {one[most] / one[least]:.1f} times as fast, {rows} rows {many[most] / many[least]:.1f} times",
+        f"{most} to {least}: 1 row {one[most] / one[least]:.1f} times as fast, "
+        f"{rows} rows {many[most] / many[least]:.1f} times",
         "bytes of the weight (MB)",
         "time of one product (ms)",
         log_x=True,

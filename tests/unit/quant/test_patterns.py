@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from labkit.quant.patterns import NAMES, fields, neighbours, number_of, widths
+from labkit.quant.patterns import NAMES, fields, largest, neighbours, number_of, widths
 
 
 def test_fields_of_one_and_of_minus_six() -> None:
@@ -62,6 +62,13 @@ def test_neighbours_are_those_in_the_sorted_list(name: str) -> None:
         below = ordered[at - 1] if at else None
         above = ordered[at + 1] if at + 1 < len(ordered) else None
         assert neighbours(pattern, name) == (below, above)
+
+
+@pytest.mark.parametrize(("name", "value"), [("fp16", 65504.0), ("fp8_e4m3", 448.0), ("int4", 7.0)])
+def test_the_largest_number_has_none_above(name: str, value: float) -> None:
+    assert largest(name) == value
+    last = next(p for p in range(2 ** sum(widths(name))) if number_of(p, name) == value)
+    assert neighbours(last, name)[1] is None
 
 
 def test_what_is_not_a_pattern_is_refused() -> None:
