@@ -140,7 +140,10 @@ class Bits(widgets.HBox):
         ]
         for button in self.buttons:
             button.observe(self._flipped, names="value")
-        super().__init__([widgets.Label(description, layout=widgets.Layout(width="12em")), *self.buttons])
+        label = widgets.Layout(
+            width="12em", display="flex", justify_content="flex-end", margin="2px 8px 2px 2px"
+        )
+        super().__init__([widgets.Label(description, layout=label), *self.buttons])
         self.value = start
 
     def _flipped(self, change: Any) -> None:

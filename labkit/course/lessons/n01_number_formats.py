@@ -349,7 +349,7 @@ def bit_flipper(format: str = "fp8_e4m3", bits: str = "0100010000000000") -> go.
     pattern = int(bits[:width], 2) << (sum(widths(format)) - width)
     value = number_of(pattern, format)
     below, above = neighbours(pattern, format)
-    made = plot.figure(f"{format}: {_formula(pattern, format)} = {_text(value)}", height=330)
+    made = plot.figure(f"{format}: {_formula(pattern, format)} = {_text(value)}", height=300)
     ends = [0, sign, sign + exponent, width, 16]
     names = ["sign", "exponent", "mantissa" if exponent else "value", "not used"]
     for i, (name, colour) in enumerate(
@@ -383,7 +383,7 @@ def bit_flipper(format: str = "fp8_e4m3", bits: str = "0100010000000000") -> go.
     )
     made.update_layout(legend={"orientation": "h", "x": 0, "y": 1.08, "itemsizing": "constant"})
     made.update_xaxes(range=[-0.8, 15.8], visible=False)
-    return made.update_yaxes(range=[-0.75, 1.5], visible=False)
+    return made.update_yaxes(range=[-0.55, 1.45], visible=False)
 
 
 def _formula(pattern: int, name: str) -> str:
