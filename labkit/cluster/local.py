@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from types import TracebackType
 from typing import Any
 
@@ -138,8 +138,8 @@ class Endpoint:
 
     def close(self) -> None:
         """Stop serving, and end Ray where ``serve`` started it. May be called more than once."""
-        # Serve's controller is killed at the end, as always, and Ray reports that as an error.
-        with redirect_stderr(io.StringIO()):
+        # Serve's controller is killed at the end, as always, and Ray prints that as if it were an error.
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             self._stack.close()
 
     def __enter__(self) -> Endpoint:
