@@ -276,12 +276,7 @@ QUIZ = [
 # --- pictures
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PROMPTS = {
-    "Call me": "Call me",
-    "The captain of the": "The captain of the",
-    "The capital of France is": "The capital of France is",
-    "One, two, three,": "One, two, three,",
-}
+PROMPTS = ("The capital of France is", "Call me", "The captain of the", "One, two, three,")
 
 
 def toy(p: Sequence[float], q: Sequence[float], words: Sequence[str]) -> go.Figure:
@@ -418,7 +413,7 @@ def _logits(prompt: str) -> Tensor:
         return reference(torch.tensor([reference.tokenizer.encode(prompt)]))[0, -1]  # (vocab,)
 
 
-def next_token(prompt: str = "Call me", block: int = 29, bits: int = 3) -> go.Figure:
+def next_token(prompt: str = PROMPTS[0], block: int = 29, bits: int = 3) -> go.Figure:
     """The reference's eight likeliest tokens after ``prompt``, and their probabilities when all linear layers of one
     decoder block are rounded to ``bits`` bits in groups of 64."""
     reference = _reference()
