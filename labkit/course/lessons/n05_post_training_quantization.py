@@ -282,16 +282,15 @@ PROMPTS = ("The capital of France is", "Call me", "The captain of the", "One, tw
 def toy(p: Sequence[float], q: Sequence[float], words: Sequence[str]) -> go.Figure:
     """Two distributions over a small vocabulary, side by side."""
     made = plot.figure("The same words, other probabilities", "next word", "probability")
-    for name, values, color, pattern in (
-        ("p: reference", p, plot.BLUE, ""),
-        ("q: quantized", q, plot.ORANGE, "/"),
+    for name, values, color in (
+        ("p: reference", p, plot.BLUE),
+        ("q: quantized", q, plot.ORANGE),
     ):
         made.add_bar(
             x=list(words),
             y=list(values),
             name=name,
             marker_color=color,
-            marker_pattern_shape=pattern,
             text=[f"{v:g}" for v in values],
             textposition="outside",
             cliponaxis=False,
@@ -303,7 +302,7 @@ def ladder(measured: Mapping[str, Any]) -> go.Figure:
     """Perplexity against KL for every recipe and seed of ``data/measurements/ptq_ladder.json``."""
     seeds = len(measured["seeds"])
     made = plot.figure(
-        f"Equal perplexity does not mean equal predictions ({seeds} seed{'s' if seeds > 1 else ''}, full protocol)",
+        f"The KL tells apart what perplexity hardly does ({seeds} seed{'s' if seeds > 1 else ''}, full protocol)",
         "perplexity",
         "KL to the reference (nats per token)",
         log_x=True,
@@ -381,7 +380,9 @@ def softened(
             "side": "right",
             "title": {"text": "KL to the reference (nats per token)"},
             "showgrid": False,
-            "rangemode": "tozero",
+            "range": [-0.02, 0.5],
+            "tickmode": "array",
+            "tickvals": [0, 0.1, 0.2, 0.3, 0.4, 0.5],
         },
         legend={"x": 0.35, "y": 0.98},
         margin={"r": 80},
@@ -431,12 +432,10 @@ def next_token(prompt: str = PROMPTS[0], block: int = 29, bits: int = 3) -> go.F
         "the reference's eight likeliest next tokens",
         "probability",
     )
-    for name, values, color, pattern in (
-        ("reference", p, plot.BLUE, ""),
-        ("quantized", q, plot.ORANGE, "/"),
+    for name, values, color in (
+        ("reference", p, plot.BLUE),
+        ("quantized", q, plot.ORANGE),
     ):
-        made.add_bar(
-            x=words, y=values[top].tolist(), name=name, marker_color=color, marker_pattern_shape=pattern
-        )
+        made.add_bar(x=words, y=values[top].tolist(), name=name, marker_color=color)
     made.update_layout(legend={"x": 0.75, "y": 0.98})
     return made.update_yaxes(range=[0, 1])
