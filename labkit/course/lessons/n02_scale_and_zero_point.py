@@ -26,7 +26,7 @@ def quantize(x: Tensor, scale: float, lowest: int, highest: int) -> Tensor:
 def _check_quantize(fn):  # type: ignore[no-untyped-def]
     generator = torch.Generator().manual_seed(0)
     cases = [
-        (torch.tensor([-1.25, -0.75, -0.25, 0.0, 0.25, 0.75, 1.25, 9.0, -9.0]), 0.5, -8, 7),
+        (torch.tensor([-1.25, -0.75, -0.25, 0.0, 0.25, 0.75, 1.25, 9.0, -9.0, 100.0]), 0.5, -8, 7),
         (torch.tensor([[0.7, -0.2], [1.3, 2.9]]), 0.25, -4, 3),
         (torch.randn(3, 5, generator=generator), 0.125, -7, 7),
     ]
@@ -48,6 +48,9 @@ def _check_quantize(fn):  # type: ignore[no-untyped-def]
             "you clamp x before dividing; lowest and highest are codes, so clamp after": (
                 x.clamp(lowest, highest) / scale
             ).round(),
+            "200 steps do not fit into int8, so the code wrapped around; clamp before you cast": steps.round()
+            .to(torch.int8)
+            .clamp(lowest, highest),
             "these are the numbers again, not codes; stop before multiplying by the scale": expected
             * scale,
         }
@@ -61,7 +64,7 @@ def dequantize(codes: Tensor, scale: float, zero: int | Tensor) -> Tensor:
 
 
 def _check_dequantize(fn):  # type: ignore[no-untyped-def]
-    codes = torch.tensor([[0, 3, 4], [5, 14, 15]], dtype=torch.uint8)
+    codes = torch.tensor([[0, 3, 4], [5, 14, 15], [0, 200, 255]], dtype=torch.uint8)
     for scale, zero in [(0.25, 4), (0.5, 0), (2.0, 15)]:
         z = torch.tensor(zero, dtype=torch.uint8)
         expected = (codes.float() - zero) * scale
@@ -69,6 +72,10 @@ def _check_dequantize(fn):  # type: ignore[no-untyped-def]
         mistakes = {
             "codes and zero are uint8, and 3 - 4 in uint8 is 255; make them floats before subtracting": (
                 codes - z
+            ).float()
+            * scale,
+            "int8 ends at 127: code 255 became -1; make floats before subtracting": (
+                codes.to(torch.int8) - z.to(torch.int8)
             ).float()
             * scale,
             "you leave the zero point out; subtract it before multiplying": codes.float() * scale,
@@ -106,15 +113,13 @@ def _check_scale_and_zero(fn):  # type: ignore[no-untyped-def]
         scale, zero = number(found[0], "your scale"), number(found[1], "your zero point")
         right_scale, right_zero = scale_and_zero(low, high, bits)
         wide = max(high, 0.0) - min(low, 0.0)
+        end = "begin at 0: low = min(low, 0)" if low > 0 else "end at 0: high = max(high, 0)"
         close(
             scale,
             right_scale,
             "your scale",
             mistakes={
-                f"the range {low} to {high} does not contain 0; widen it to min(low, 0) .. max(high, 0) first": (
-                    high - low
-                )
-                / (2**bits - 1),
+                f"widen the range first; {low} to {high} must {end}": (high - low) / (2**bits - 1),
                 "you divide by 2**bits; between 2**bits codes there are 2**bits - 1 steps": wide / 2**bits,
                 "this is the scale of a symmetric grid; an affine one spans high - low": 2
                 * max(abs(low), abs(high))
@@ -157,25 +162,34 @@ def best_clip(x: Tensor, bits: int) -> float:
     return best
 
 
-def _best(x: Tensor, bits: int, cost: Callable[[Tensor], Tensor]) -> float:
-    """What a search with another ``cost`` would return: a known mistake's value."""
-    absmax = x.abs().max().item()
+def _best(
+    x: Tensor,
+    bits: int,
+    cost: Callable[[Tensor], Tensor] = torch.square,
+    *,
+    largest: float | None = None,
+    narrow: bool = False,
+) -> float:
+    """What a search with another cost, another largest element or the narrow scale would return."""
+    largest = x.abs().max().item() if largest is None else largest
     spec = QuantSpec.parse(f"int{bits} tensor scale=fp32")
+    wider = (2**bits - 1) / (2**bits - 2) if narrow else 1.0
 
     def error(a: float) -> float:
-        end = torch.tensor([[a]])
-        return cost(x - fake_quantize(x, spec, params_for(-end, end, spec))).item()
+        end = torch.tensor([[a * wider]])
+        return cost(x - fake_quantize(x, spec, params_for(-end, end, spec))).double().sum().item()
 
-    return min((percent / 100 * absmax for percent in range(100, 0, -1)), key=error)
+    return min((percent / 100 * largest for percent in range(100, 0, -1)), key=error)
 
 
 def _check_best_clip(fn):  # type: ignore[no-untyped-def]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 32, generator=generator)
     heavy = x.sign() * x.abs() ** 1.6
-    for values, bits in [(x, 4), (heavy, 4), (heavy, 3)]:
+    lopsided = torch.where(heavy > 0, 0.3 * heavy, heavy)  # the largest |x| is negative
+    for values, bits in [(x, 4), (heavy, 4), (heavy, 3), (lopsided, 4)]:
         spec = QuantSpec.parse(f"int{bits} tensor scale=fp32")
-        expected = fit(values, spec, "mse").scale.item() * (2**bits - 1) / 2
+        expected = fit(values, spec, "mse").dense()[0].item() * (2**bits - 1) / 2
         absmax = values.abs().max().item()
         search = functools.partial(_best, values, bits)
         mistakes = {
@@ -184,7 +198,11 @@ def _check_best_clip(fn):  # type: ignore[no-untyped-def]
             "this is the scale; return the end of the range, a": expected / ((2**bits - 1) / 2),
             "your search ends at the smallest range, as if clipping cost nothing: clamp the codes, and count the "
             "elements outside the range as well as those inside": 0.01 * absmax,
-            "you sum the absolute errors; square them first": search(lambda error: error.abs().sum()),
+            "you sum the absolute errors; square them first": search(torch.abs),
+            "you took the largest x; take the largest |x|": search(largest=values.max().item()),
+            "your scale divides by 2**(bits-1) - 1, the narrow rule; divide by (2**bits - 1) / 2": search(
+                narrow=True
+            ),
         }
         close(number(fn(values, bits), "your clip"), expected, "your clip", mistakes=mistakes)
 
@@ -357,7 +375,9 @@ def staircase(bits: int = 3) -> go.Figure:
             yshift=10,
             xanchor="left" if at > 0 else "right",
         )
-    return made.update_layout(legend={"x": 0.02, "y": 0.75})
+    exact, stairs = made.data
+    exact.line.dash, stairs.line.dash = "dash", "solid"
+    return made.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1.0, "xanchor": "left"})
 
 
 def ruler(low: float = -1.0, high: float = 2.75, bits: int = 4) -> go.Figure:

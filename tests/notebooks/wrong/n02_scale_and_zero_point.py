@@ -34,6 +34,10 @@ def forgets_to_round(x, scale, lowest, highest):
     return (x / scale).clamp(lowest, highest)
 
 
+def casts_before_clamping(x, scale, lowest, highest):
+    return torch.round(x / scale).to(torch.int8).clamp(lowest, highest)
+
+
 def looped_codes(x, scale, lowest, highest):
     flat = [min(max(round(v / scale), lowest), highest) for v in x.flatten().tolist()]
     return torch.tensor(flat, dtype=torch.int8).reshape(x.shape)
@@ -63,6 +67,10 @@ def divides_by_scale(codes, scale, zero):
     return (codes.float() - zero) / scale
 
 
+def subtracts_in_int8(codes, scale, zero):
+    return (codes.to(torch.int8) - zero.to(torch.int8)).float() * scale
+
+
 def in_float64(codes, scale, zero):
     return (codes.double() - zero.double()) * scale
 
@@ -74,6 +82,18 @@ def looped_numbers(codes, scale, zero):
 def forgets_to_widen(low, high, bits):
     scale = (high - low) / (2**bits - 1)
     return scale, min(max(round(-low / scale), 0), 2**bits - 1)
+
+
+def widens_only_low(low, high, bits):
+    low = min(low, 0)
+    scale = (high - low) / (2**bits - 1)
+    return scale, round(-low / scale)
+
+
+def widens_only_high(low, high, bits):
+    high = max(high, 0)
+    scale = (high - low) / (2**bits - 1)
+    return scale, round(-low / scale)
 
 
 def counts_codes_not_steps(low, high, bits):
@@ -125,12 +145,14 @@ def as_tensors(low, high, bits):
     return scale, torch.round(-low / scale).clamp(0, 2**bits - 1)
 
 
-def _search(x, bits, cost, clamp=True):
+def _search(x, bits, cost, clamp=True, largest=None, half=None):
+    largest = x.abs().max() if largest is None else largest
+    half = (2**bits - 1) / 2 if half is None else half
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     best, least = None, math.inf
     for percent in range(100, 0, -1):
-        a = percent / 100 * x.abs().max()
-        scale = a / ((2**bits - 1) / 2)
+        a = percent / 100 * largest
+        scale = a / half
         codes = torch.round(x / scale)
         error = x - (codes.clamp(lowest, highest) if clamp else codes) * scale
         if (found := float(cost(error, x.abs() <= a))) < least:
@@ -166,6 +188,14 @@ def takes_the_largest_error(x, bits):
     return _search(x, bits, lambda e, _: e.abs().max())
 
 
+def takes_the_largest_x(x, bits):
+    return _search(x, bits, lambda e, _: e.double().square().sum(), largest=x.max())
+
+
+def scales_by_the_narrow_rule(x, bits):
+    return _search(x, bits, lambda e, _: e.double().square().sum(), half=2 ** (bits - 1) - 1)
+
+
 def vectorised_clip(x, bits):
     a = torch.arange(100, 0, -1) / 100 * x.abs().max()
     scale = (a / ((2**bits - 1) / 2))[:, None]
@@ -187,9 +217,11 @@ WRONG = {
         (clamps_the_numbers, "clamp after"),
         (gives_numbers_back, "not codes"),
         (forgets_to_round, "expected"),
+        (casts_before_clamping, "clamp before you cast"),
     ],
     "02.2": [
         (wraps_around, "uint8"),
+        (subtracts_in_int8, "code 255 became -1"),
         (leaves_zero_out, "leave the zero point out"),
         (adds_zero, "add the zero point"),
         (subtracts_zero_last, "before multiplying"),
@@ -197,6 +229,8 @@ WRONG = {
     ],
     "02.3": [
         (forgets_to_widen, "widen"),
+        (widens_only_low, "-3.0 to -1.0 must end at 0: high = max(high, 0)"),
+        (widens_only_high, "2.0 to 5.75 must begin at 0: low = min(low, 0)"),
         (counts_codes_not_steps, "2**bits - 1 steps"),
         (zero_not_whole, "not whole"),
         (zero_off_by_one, "one too high"),
@@ -213,6 +247,8 @@ WRONG = {
         (sums_absolute_errors, "square them first"),
         (counts_the_inside_only, "inside"),
         (takes_the_largest_error, "largest error"),
+        (takes_the_largest_x, "take the largest |x|"),
+        (scales_by_the_narrow_rule, "the narrow rule"),
     ],
 }
 RIGHT = {
