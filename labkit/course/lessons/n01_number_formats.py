@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from labkit.course import Exercise, Question, plot
-from labkit.course.check import close, equal, number, require, tensor
+from labkit.course.check import Wrong, close, equal, number, require, tensor
 from labkit.models.memory import KNOWN, kv_bytes, parameters, weight_bytes
 from labkit.quant.formats import FLOATS, bits_of, round_to_format, values_of
 from labkit.quant.patterns import neighbours, number_of, widths
@@ -61,6 +61,12 @@ def _check_decode(fn):  # type: ignore[no-untyped-def]
     )
     at(0b1_0000_001)
     at(0)
+    found = fn(0b0_1111_110)
+    found = found.item() if isinstance(found, Tensor) and found.numel() == 1 else found
+    require(
+        not (isinstance(found, float) and math.isnan(found)),
+        "only 0x7F and 0xFF are NaN; with e = 15 and m < 7 it is an ordinary number (0x7E is 448)",
+    )
     at(
         0b0_1111_110,
         {"you treat e = 15 as infinity; e4m3 has none, and only 0x7F and 0xFF are NaN": math.inf},
@@ -106,12 +112,12 @@ def _check_spacing(fn):  # type: ignore[no-untyped-def]
             mistakes={
                 "below the smallest normal number the spacing stops shrinking; mind smallest_exponent": 2.0
                 ** (math.floor(math.log2(size)) - m),
-                "you round the exponent up; between 2**E and 2**(E+1) the exponent is E = floor(log2(|x|))": 2.0
+                "you round the exponent up; between 2**k and 2**(k+1) the exponent is k = floor(log2(|x|))": 2.0
                 ** (max(above, low) - m),
                 "your spacing is that of the numbers from 1 to 2; it doubles with every power of two": 2.0
                 ** -m,
                 "your spacing is relative to x; expected the distance itself": exact / size,
-                "mantissa bits cut [2**E, 2**(E+1)) into 2**mantissa steps, not into 2**mantissa - 1": exact
+                "mantissa bits cut [2**k, 2**(k+1)) into 2**mantissa steps, not into 2**mantissa - 1": exact
                 * 2**m
                 / (2**m - 1),
             },
@@ -141,6 +147,10 @@ def _check_round(fn):  # type: ignore[no-untyped-def]
             shape=tuple(x.shape),
             finite=False,
             mistakes={"your result is flat; keep the shape of x": expected.flatten()},
+        )
+        require(
+            not bool(found[x == 0].isnan().any()),
+            "your result is NaN at 0 (element [1, 3]): log2 is -inf there and the step 0; use the smallest exponent",
         )
         close(
             found,
@@ -184,8 +194,13 @@ def _check_shared(fn):  # type: ignore[no-untyped-def]
         block[5] = largest
         exact = shared_exponent(block)
         log = math.log2(abs(largest))
+        found = number(fn(block), "your exponent")
+        require(
+            found == math.floor(found),
+            f"your exponent is {found:.6g}; expected a whole number, so take floor",
+        )
         equal(
-            int(number(fn(block), "your exponent")),
+            int(found),
             exact,
             f"your exponent for a block whose largest number is {largest}",
             mistakes={
@@ -201,7 +216,11 @@ def _check_shared(fn):  # type: ignore[no-untyped-def]
                 - 2,
             },
         )
-    equal(int(number(fn(torch.zeros(32)), "your exponent")), -127, "your exponent for a block of zeros")
+    try:
+        found = number(fn(torch.zeros(32)), "your exponent")
+    except Wrong as wrong:  # say which block it was: its logarithm is that of 0
+        raise Wrong(f"for a block of zeros, {wrong}") from wrong
+    equal(int(found), -127, "your exponent for a block of zeros")
 
 
 EXERCISES = [
@@ -238,9 +257,9 @@ EXERCISES = [
         difficulty=1,
         minutes=8,
         statement="""
-            Let $E = \\lfloor \\log_2 |x| \\rfloor$, but never below the exponent of the smallest normal number.
-            With $M$ bits of mantissa there are $2^M$ even steps between $2^E$ and $2^{E+1}$. Return the length of one
-            step. At 0 take the smallest exponent.
+            Let $k = \\lfloor \\log_2 |x| \\rfloor$, but never below the exponent of the smallest normal number.
+            With $M$ bits of mantissa there are $2^M$ even steps between $2^k$ and $2^{k+1}$. Return the length of one
+            step. At 0 use $k$ = `smallest_exponent`, then the same formula.
         """,
         starter='''
             def my_spacing(x: float, mantissa: int, smallest_exponent: int) -> float:
@@ -250,9 +269,9 @@ EXERCISES = [
         solution=spacing,
         check=_check_spacing,
         hints=[
-            "The stretch from 2**E to 2**(E+1) is 2**E long. Divide it by the number of steps.",
-            "The step is `2.0 ** (E - mantissa)`. Mind a negative x and x = 0.",
-            "`E = max(math.floor(math.log2(abs(x))), smallest_exponent)` where x is not 0.",
+            "The stretch from 2**k to 2**(k+1) is 2**k long. Divide it by the number of steps.",
+            "The step is `2.0 ** (k - mantissa)`. Mind a negative x and x = 0.",
+            "`k = max(math.floor(math.log2(abs(x))), smallest_exponent)` where x is not 0.",
         ],
     ),
     Exercise(
@@ -309,18 +328,20 @@ QUIZ = [
     Question(
         "bf16 and fp16 both take 16 bits. Which statement is true?",
         {
-            "bf16 is finer near 1, fp16 reaches further": "The other way round: bf16 has `8 + 7` bits.",
+            "bf16 is finer near 1, fp16 reaches further": "The other way round: "
+            "bf16 has 8 bits of exponent and 7 of mantissa.",
             "fp16 is finer near 1, bf16 reaches further": "10 bits of mantissa against 7, and 65504 against 3.4e38.",
-            "They differ only in how they round": "They share the bits out differently: `5 + 10` against `8 + 7`.",
+            "They differ only in how they round": "fp16 has 5 bits of exponent and 10 of mantissa; bf16 8 and 7.",
         },
         answer="b",
     ),
     Question(
-        "A server decodes one request, and all its weights are halved in bytes. What happens at best?",
+        "A server writes text for one request. Its weights are stored in half the bytes. "
+        "How long does a token take at best?",
         {
-            "Each token takes about half as long": "One row reads every weight once: bytes decide.",
-            "Nothing: the multiplications stay the same": "That holds for many rows, which share each weight read.",
-            "Each token takes about a quarter": "Half the bytes at the same bytes per second is half the time.",
+            "About half as long": "One row reads every weight once: bytes decide.",
+            "As long as before: the multiplications stay the same": "That holds for many rows: they share each read.",
+            "About a quarter as long": "Half the bytes at the same bytes per second is half the time.",
         },
         answer="a",
     ),
@@ -443,7 +464,7 @@ def memory(
     fits = [name for name, size in DEVICES.items() if parts["together"] <= FREE * size]
     made = plot.figure(
         f"{model}, {weight_bits} bits: {parts['together']:.4g} GB, fits {fits[0] if fits else 'none of the three'}",
-        "memory (GB)",
+        "memory (GB, logarithmic)",
         log_x=True,
         height=360,
     )
@@ -455,7 +476,8 @@ def memory(
         showlegend=False,
     )
     for i, (name, size) in enumerate(DEVICES.items()):
-        made.add_vline(x=FREE * size, line={"color": plot.RED, "dash": plot.DASHES[i + 1]})
+        colour = (plot.RED, plot.PINK, plot.SKY)[i]
+        made.add_vline(x=FREE * size, line={"color": colour, "dash": plot.DASHES[i + 1]})
         made.add_annotation(
             x=math.log10(FREE * size),
             y=1.02 + 0.09 * i,
@@ -464,7 +486,7 @@ def memory(
             showarrow=False,
             xanchor="left",
             yanchor="bottom",
-            font={"size": 12},
+            font={"size": 12, "color": colour},
         )
     made.update_layout(margin={"t": 110}, title={"y": 0.95})
     made.update_xaxes(

@@ -49,6 +49,10 @@ def no_nan(pattern):
     return s * (1 + m / 8) * 2.0 ** (e - 7) if e else s * m / 8 * 2.0**-6
 
 
+def all_nan_at_fifteen(pattern):
+    return math.nan if parts(pattern)[1] == 15 else table_decode(pattern)
+
+
 def reads_e5m2(pattern):
     return torch.tensor([pattern], dtype=torch.uint8).view(torch.float8_e5m2).float().item()
 
@@ -117,6 +121,11 @@ def too_fine(x, mantissa, low, largest):
     return (torch.round(x / step) * step).nan_to_num(0.0).clamp(-largest, largest)
 
 
+def log_of_zero(x, mantissa, low, largest):
+    step = 2.0 ** (torch.floor(torch.log2(x.abs())) - mantissa)
+    return (torch.round(x / step) * step).clamp(-largest, largest)
+
+
 def whole_numbers(x, mantissa, low, largest):
     return x.round().clamp(-largest, largest)
 
@@ -156,6 +165,14 @@ def forgets_abs(block):
     return math.floor(math.log2(float(block.max()))) - 2 if block.any() else -127
 
 
+def no_rounding(block):
+    return math.log2(float(block.abs().max())) - 2 if block.any() else -127
+
+
+def no_zero_case(block):
+    return math.floor(math.log2(float(block.abs().max()))) - 2
+
+
 def zeros_at_zero(block):
     return math.floor(math.log2(float(block.abs().max()))) - 2 if block.any() else 0
 
@@ -176,6 +193,7 @@ WRONG = {
         (no_subnormals, "leading one; there"),
         (subnormals_one_lower, "exponent is -6"),
         (infinity_at_fifteen, "infinity"),
+        (all_nan_at_fifteen, "0x7E is 448"),
         (no_nan, "NaN"),
         (reads_e5m2, "two bits of mantissa"),
     ],
@@ -191,6 +209,7 @@ WRONG = {
         (ties_away, "even"),
         (truncates, "cut off"),
         (too_fine, "too finely"),
+        (log_of_zero, "log2 is -inf"),
         (whole_numbers, "whole numbers"),
         (flattens, "flat"),
     ],
@@ -199,6 +218,8 @@ WRONG = {
         (takes_ceil, "up"),
         (takes_nearest, "nearest"),
         (forgets_abs, "magnitude"),
+        (no_rounding, "whole number"),
+        (no_zero_case, "block of zeros"),
         (zeros_at_zero, "zeros"),
     ],
 }
