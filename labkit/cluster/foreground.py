@@ -26,11 +26,10 @@ def serve_until_stopped(*deployments: Deployment, port: int | None = None) -> No
     half-started Ray within seconds. Raises what ``serve`` raises. To be called from the main thread: it
     takes over the signals.
     """
-    # Ray runs in a thread, and this one only listens: in the main thread Ray puts its own handler for
-    # SIGTERM in place of ours, and an exception raised from a handler can get lost inside it.
+    # Ray runs in a thread, and this one only listens: an exception that a handler raises in the middle of
+    # Ray's code can get lost inside it.
     news: queue.SimpleQueue[str] = queue.SimpleQueue()  # a signal handler may write to it
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: news.put("stop"))
+    _listen(news)
     _watch_parent(news)
     ready, stop = threading.Event(), threading.Event()
     failed: list[BaseException] = []
@@ -42,6 +41,7 @@ def serve_until_stopped(*deployments: Deployment, port: int | None = None) -> No
             with redirect_stdout(sys.stderr), serve(*deployments, port=port) as endpoint:
                 print(f"ready {endpoint.url}", file=stdout, flush=True)
                 ready.set()
+                news.put("ready")
                 stop.wait()
         except BaseException as error:
             failed.append(error)
@@ -49,7 +49,9 @@ def serve_until_stopped(*deployments: Deployment, port: int | None = None) -> No
 
     server = threading.Thread(target=run, name="labkit-serve", daemon=True)
     server.start()
-    if news.get() == "stop":
+    while (word := news.get()) == "ready":
+        _listen(news)  # Ray has put a handler of its own for SIGTERM in place of ours, one that aborts
+    if word == "stop":
         stop.set()
         if ready.is_set():
             server.join(STOP_S)
@@ -58,6 +60,11 @@ def serve_until_stopped(*deployments: Deployment, port: int | None = None) -> No
             os._exit(1 if ready.is_set() else 0)
     if failed:
         raise failed[0]
+
+
+def _listen(news: queue.SimpleQueue[str]) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: news.put("stop"))
 
 
 def _watch_parent(news: queue.SimpleQueue[str]) -> None:

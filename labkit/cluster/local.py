@@ -213,8 +213,19 @@ def _start(deployments: tuple[Deployment, ...], port: int, stack: ExitStack) -> 
             ray_serve.run(build({"deployments": fields}), name=APP_NAME, route_prefix="/")
         except RuntimeError as error:
             raise RuntimeError(
-                f"{', '.join(d.checkpoint for d in deployments)} did not come up: {error}"
+                f"{', '.join(d.checkpoint for d in deployments)} did not come up: {_cause() or error}"
             ) from error
+
+
+def _cause() -> str:
+    """The last words of the replicas that failed: the error itself, under Serve's account of it."""
+    from ray import serve as ray_serve
+
+    from labkit.serving.app import APP_NAME
+
+    application = ray_serve.status().applications.get(APP_NAME)
+    messages = [state.message for state in application.deployments.values()] if application else []
+    return "; ".join(message.strip().splitlines()[-1] for message in messages if message.strip())
 
 
 def reserve(port: int | None = None) -> tuple[int, socket.socket]:
