@@ -45,7 +45,6 @@ RAY_ENVIRONMENT = {
     # none is written to the home folder.
     "RAY_AUTH_TOKEN": _TOKEN,
     "RAY_DEDUP_LOGS": "0",
-    "RAY_BACKEND_LOG_LEVEL": "error",  # without a network it remarks on that, on the screen
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -101,15 +100,16 @@ def _start_ray(folder: str, cores: int, object_store_mb: int) -> None:
     try:
         for attempt in range(1, START_ATTEMPTS + 1):
             try:
-                ray.init(
-                    address="local",
-                    num_cpus=cores,
-                    include_dashboard=False,
-                    object_store_memory=object_store_mb * 2**20,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _temp_dir=folder + INNER,
-                )
+                with _file_descriptor_2_to(os.devnull):
+                    ray.init(
+                        address="local",
+                        num_cpus=cores,
+                        include_dashboard=False,
+                        object_store_memory=object_store_mb * 2**20,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        _temp_dir=folder + INNER,
+                    )
                 return
             except Exception as error:  # Ray raises bare Exception
                 ray.shutdown()
@@ -118,6 +118,23 @@ def _start_ray(folder: str, cores: int, object_store_mb: int) -> None:
                     raise RuntimeError(f"Ray did not start, in {attempt} attempts: {error}") from error
     finally:
         del os.environ[MARKER]
+
+
+@contextmanager
+def _file_descriptor_2_to(path: str) -> Iterator[None]:
+    """Send what the C++ part of Ray writes past ``sys.stderr`` elsewhere: without a network it remarks on that.
+
+    What goes wrong is raised, and Ray's own log files keep all of it.
+    """
+    sys.stderr.flush()
+    kept, other = os.dup(2), os.open(path, os.O_WRONLY)
+    try:
+        os.dup2(other, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(other)
 
 
 class Endpoint:
