@@ -280,24 +280,27 @@ QUIZ = [
 
 
 def sweep_figure(table: Mapping[tuple[int, str], tuple[float, float]]) -> go.Figure:
-    """SQNR over bits per weight, a line for each way of sharing scales; ``table[bits, group]`` holds both."""
+    """How well bits are spent: SQNR less 6.02 dB a bit, for each way of sharing scales.
+
+    ``table[bits, group]`` is (bits per weight, SQNR in dB).
+    """
     made = plot.figure(
-        "One bit more buys 6 dB, and sharing scales over fewer weights a few more",
+        "One scale for 64 weights spends its bits best, at every width",
         "size (bits per weight, scales included)",
-        "SQNR, mean over seven matrices (dB)",
+        "SQNR less 6.02 dB per bit of size (dB)",
     )
     names = {"channel": "one scale per row", "g64": "one per 64 weights", "g32": "one per 32 weights"}
     for i, (group, name) in enumerate(names.items()):
         points = [table[key] for key in sorted(table) if key[1] == group]
         made.add_scatter(
             x=[x for x, _ in points],
-            y=[y for _, y in points],
+            y=[y - 6.02 * x for x, y in points],
             name=name,
             mode="lines+markers",
             line={"color": plot.COLORS[i], "dash": plot.DASHES[i]},
             marker={"symbol": plot.SYMBOLS[i], "size": 9},
         )
-    return made.update_layout(legend={"x": 0.03, "y": 0.97})
+    return made.update_layout(legend={"x": 0.98, "xanchor": "right", "y": 0.03, "yanchor": "bottom"})
 
 
 def draws(client: Any, model: str, prompt: str, temperature: float, top_p: float) -> Counter[str]:
