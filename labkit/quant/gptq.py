@@ -7,7 +7,8 @@ H^-1), d (an element of U's diagonal), Err.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -96,17 +97,18 @@ def gptq(
     for i1 in range(0, columns, block_size):
         i2 = min(i1 + block_size, columns)
         Err = torch.empty_like(W[:, i1:i2])
-        for j in range(i1, i2):
-            if not static and j % group == 0:
-                here = W[:, j : j + group]
-                fitted.append(fit(here, spec, observer))
-                cut = Blocks(tuple(here.shape), spec.block)
-                scale[:, j : j + group], zero[:, j : j + group] = _per_weight(fitted[-1], cut, W.dtype)
-            w, d = W[:, j], U[j, j]
-            q = grid.round(w, scale[:, j], zero[:, j])
-            Err[:, j - i1] = (w - q) / d
-            W[:, j] = q
-            _update_right(W[:, j + 1 : i2], Err[:, j - i1], U[j, j + 1 : i2], update)
+        with _one_thread():
+            for j in range(i1, i2):
+                if not static and j % group == 0:
+                    here = W[:, j : j + group]
+                    fitted.append(fit(here, spec, observer))
+                    cut = Blocks(tuple(here.shape), spec.block)
+                    scale[:, j : j + group], zero[:, j : j + group] = _per_weight(fitted[-1], cut, W.dtype)
+                w, d = W[:, j], U[j, j]
+                q = grid.round(w, scale[:, j], zero[:, j])
+                Err[:, j - i1] = (w - q) / d
+                W[:, j] = q
+                _update_right(W[:, j + 1 : i2], Err[:, j - i1], U[j, j + 1 : i2], update)
         W[:, i2:] -= Err @ U[i1:i2, i2:]
 
     # W lies on the grid now, so encode only names its codes.
@@ -144,6 +146,19 @@ def _inverse_factor(H: Tensor, damp: float) -> Tensor:
         f"the Hessian has no Cholesky factor even with damp={used / 10:g}: it must be a sum of x x^T, "
         f"symmetric and without negative eigenvalues"
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A column is too little work to share: on a busy machine, threads that wait for each other make the
+    loop over columns tens of times slower.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _update_right(right: Tensor, err: Tensor, hinv_row: Tensor, update: Update | None) -> None:
