@@ -18,7 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(course, name="course")
-models_app = typer.Typer(help="The models: which there are, fetching and training them.", no_args_is_help=True)
+models_app = typer.Typer(
+    help="The models: which there are, fetching and training them.", no_args_is_help=True
+)
 app.add_typer(models_app, name="models")
 
 
@@ -124,7 +126,9 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads a replica. Default: the cores shared out.")
     ] = None,
-    name: Annotated[str, typer.Option(help="What requests call the model. Default: the checkpoint's.")] = "",
+    name: Annotated[
+        str, typer.Option(help="What requests call the model. Default: the checkpoint's.")
+    ] = "",
     max_batch: Annotated[int, typer.Option(min=1, help="Requests that run at once in a replica.")] = 8,
     max_len: Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer together.")] = 2048,
 ) -> None:
@@ -136,7 +140,12 @@ def serve(
     from labkit.serving import Deployment
 
     deployment = Deployment(
-        checkpoint=checkpoint, name=name, replicas=replicas, threads=threads, max_batch=max_batch, max_len=max_len
+        checkpoint=checkpoint,
+        name=name,
+        replicas=replicas,
+        threads=threads,
+        max_batch=max_batch,
+        max_len=max_len,
     )
     serve_until_stopped(deployment, port=port)
 
@@ -150,7 +159,9 @@ def models_list() -> None:
     found = fetch.find()
     typer.echo(f"{DEFAULT_MODEL}  {found or 'not fetched yet: labkit models fetch'}")
     typer.echo("tiny  comes with labkit")
-    typer.echo("Besides these: a folder in Hugging Face layout, a labkit checkpoint, or org/name of the hub.")
+    typer.echo(
+        "Besides these: a folder in Hugging Face layout, a labkit checkpoint, or org/name of the hub."
+    )
     typer.echo(f"Chosen now (LABKIT_MODEL): {settings().model}")
 
 
@@ -169,7 +180,9 @@ def models_fetch(
 
 @models_app.command("info")
 def models_info(
-    model: Annotated[str | None, typer.Argument(help="Default: LABKIT_MODEL, or the bundled model.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Default: LABKIT_MODEL, or the bundled model.")
+    ] = None,
 ) -> None:
     """Shapes, options and size of a model."""
     from dataclasses import asdict

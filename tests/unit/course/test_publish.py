@@ -18,11 +18,14 @@ def test_normalise_strips_and_is_stable() -> None:
     outputs = [
         new_output("stream", name="stdout", text="10%\r50%\r100%\n"),
         new_output("stream", name="stdout", text="done\n"),
-        new_output("display_data", data={WIDGET: {"model_id": "1"}, PLOTLY: figure}, metadata={"x": {"y": 1}}),
+        new_output(
+            "display_data", data={WIDGET: {"model_id": "1"}, PLOTLY: figure}, metadata={"x": {"y": 1}}
+        ),
     ]
     cell = new_code_cell("a = 1   \n", outputs=outputs, metadata={"vscode": {"t": 1}, "tags": ["t"]})
     notebook = new_notebook(
-        cells=[cell], metadata={"widgets": {"state": {}}, "kernelspec": {"name": "mine", "display_name": "Mine"}}
+        cells=[cell],
+        metadata={"widgets": {"state": {}}, "kernelspec": {"name": "mine", "display_name": "Mine"}},
     )
     normalise(notebook)
     once = nbformat.writes(notebook)

@@ -34,7 +34,9 @@ def test_rounding_and_clipping_by_hand():
     # step 1, codes -8 to 7: 0.25 rounds to 0, 2.5 to 2 (half a step is rounding), 10 is clipped to 7
     x, q = torch.tensor([[0.25, 2.5, 10.0, -8.0]]), torch.tensor([[0.0, 2.0, 7.0, -8.0]])
     assert rounding_and_clipping(x, q, 1.0) == ((0.0625 + 0.25) / 4, 9 / 4)
-    rows = torch.tensor([[1.0], [8.0]])  # a step per row: 3 off is clipping in one and rounding in the other
+    rows = torch.tensor(
+        [[1.0], [8.0]]
+    )  # a step per row: 3 off is clipping in one and rounding in the other
     assert rounding_and_clipping(torch.tensor([[3.0], [3.0]]), torch.zeros(2, 1), rows) == (4.5, 4.5)
 
 
