@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from labkit.cluster.watch import MARKER, end
-from labkit.serving.deployment import Deployment
+from labkit.serving.deployment import Deployment, distinct_names
 
 HOST = "127.0.0.1"
 SOCKET_PATH_LIMIT = 103  # bytes; macOS allows 104 with the closing zero, Linux 108
@@ -100,7 +100,7 @@ def _start_ray(folder: str, cores: int, object_store_mb: int) -> None:
     try:
         for attempt in range(1, START_ATTEMPTS + 1):
             try:
-                with _file_descriptor_2_to(os.devnull):
+                with _silent_file_descriptor_2():
                     ray.init(
                         address="local",
                         num_cpus=cores,
@@ -121,13 +121,13 @@ def _start_ray(folder: str, cores: int, object_store_mb: int) -> None:
 
 
 @contextmanager
-def _file_descriptor_2_to(path: str) -> Iterator[None]:
-    """Send what the C++ part of Ray writes past ``sys.stderr`` elsewhere: without a network it remarks on that.
+def _silent_file_descriptor_2() -> Iterator[None]:
+    """Drop what the C++ part of Ray writes past ``sys.stderr``: without a network it remarks on that.
 
     What goes wrong is raised, and Ray's own log files keep all of it.
     """
     sys.stderr.flush()
-    kept, other = os.dup(2), os.open(path, os.O_WRONLY)
+    kept, other = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(other, 2)
         yield
@@ -185,11 +185,7 @@ def serve(*deployments: Deployment, port: int | None = None) -> Endpoint:
     for deployment in deployments:
         deployment.check()
     deployments = tuple(_with_threads(deployment, deployments) for deployment in deployments)
-    names = [deployment.name for deployment in deployments]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"every model needs its own name, found {names}; set `name` on one of those that are equal"
-        )
+    names = distinct_names(deployments)
     port, lock = reserve(port)
 
     with ExitStack() as stack:

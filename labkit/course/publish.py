@@ -12,6 +12,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,6 @@ def _figures(notebook: NotebookNode) -> Any:
 
 
 def _run(notebook: NotebookNode, *, folder: Path, timeout: int) -> float:
-    import time
-
     with tempfile.TemporaryDirectory(prefix="labkit-work-") as work:
         environment = os.environ | {
             "LABKIT_WORK": work,

@@ -17,20 +17,23 @@ def work() -> Path:
     chosen = settings().work
     if chosen is not None:
         return chosen
-    here = Path.cwd()
-    for folder in (here, *here.parents, _PACKAGE.parent):
-        if (folder / "notebooks").is_dir() and (folder / "labkit").is_dir():
-            return folder / "work"
-    return here / "work"
+    return (_checkout() or Path.cwd()) / "work"
 
 
 def notebooks() -> Path:
     """The course's own notebooks. Raises FileNotFoundError where labkit was installed without them."""
-    here = Path.cwd()
-    for folder in (*(p for p in (here, *here.parents)), _PACKAGE.parent):
-        if (folder / "notebooks").is_dir() and (folder / "labkit").is_dir():
-            return folder / "notebooks"
+    if (folder := _checkout()) is not None:
+        return folder / "notebooks"
     raise FileNotFoundError(
-        f"the course's notebooks were found neither above {here} nor beside {_PACKAGE}; "
+        f"the course's notebooks were found neither above {Path.cwd()} nor beside {_PACKAGE}; "
         "run this inside a clone of the project"
     )
+
+
+def _checkout() -> Path | None:
+    """The clone that the current folder lies in, else the one that labkit was imported from."""
+    here = Path.cwd()
+    for folder in (here, *here.parents, _PACKAGE.parent):
+        if (folder / "notebooks").is_dir() and (folder / "labkit").is_dir():
+            return folder
+    return None

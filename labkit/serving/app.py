@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from labkit.serving.api import build_api
 from labkit.serving.backend import EngineBackend, Event, Job, State, Unavailable
-from labkit.serving.deployment import Deployment
+from labkit.serving.deployment import Deployment, distinct_names
 
 APP_NAME = "labkit"
 # A replica is offered twice what its engine runs at once, so that a place in the batch never waits for
@@ -40,11 +40,7 @@ def build(args: dict[str, Any]) -> serve.Application:
             f"expected {{'deployments': [...]}} with at least one, found the keys {sorted(args)}"
         )
     deployments = [Deployment.model_validate(fields) for fields in args["deployments"]]
-    names = [deployment.name for deployment in deployments]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"every model needs its own name, found {names}; set `name` on one of those that are equal"
-        )
+    names = distinct_names(deployments)
     return Ingress.bind([_model(deployment) for deployment in deployments], names)  # type: ignore[attr-defined]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -75,3 +76,13 @@ class Deployment(BaseModel):
                 f"checkpoint {self.checkpoint!r} is not a folder; make one with `labkit quantize --out "
                 f"{self.checkpoint}`, or give the name of a model (`labkit models list`)"
             )
+
+
+def distinct_names(deployments: Iterable[Deployment]) -> list[str]:
+    """The deployments' names, in order. Raises ValueError where two are equal: a request could mean either."""
+    names = [deployment.name for deployment in deployments]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"every model needs its own name, found {names}; set `name` on one of those that are equal"
+        )
+    return names
