@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labkit import kernels
 from labkit.models.config import ModelConfig
 from labkit.models.tokenizer import Tokenizer
+from labkit.quant import QuantizedTensor
 
 if TYPE_CHECKING:
-    from labkit import kernels
     from labkit.models.quantize import Made
-    from labkit.quant import QuantizedTensor
 
 
 class Cache(Protocol):
@@ -129,8 +129,6 @@ class Linear(nn.Module):
         if isinstance(weight, Tensor):
             return F.linear(x, weight, self.bias)
         if self._prepared is None:
-            from labkit import kernels
-
             self._prepared = kernels.prepare(weight)
         return self._prepared(x, self.bias)
 
