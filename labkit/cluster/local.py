@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from labkit.cluster.watch import MARKER, end
-from labkit.serving.deployment import Deployment, distinct_names
+from labkit.serving.deployment import APP_NAME, Deployment, distinct_names
 
 HOST = "127.0.0.1"
 SOCKET_PATH_LIMIT = 103  # bytes; macOS allows 104 with the closing zero, Linux 108
@@ -185,7 +185,7 @@ def serve(*deployments: Deployment, port: int | None = None) -> Endpoint:
     for deployment in deployments:
         deployment.check()
     deployments = tuple(_with_threads(deployment, deployments) for deployment in deployments)
-    names = distinct_names(deployments)
+    names = distinct_names(deployment.name for deployment in deployments)
     port, lock = reserve(port)
 
     with ExitStack() as stack:
@@ -209,7 +209,7 @@ def serve(*deployments: Deployment, port: int | None = None) -> Endpoint:
 def _start(deployments: tuple[Deployment, ...], port: int, stack: ExitStack) -> None:
     from ray import serve as ray_serve
 
-    from labkit.serving.app import APP_NAME, build
+    from labkit.serving.app import build
 
     if ray_serve.status().applications:
         raise RuntimeError(
@@ -233,8 +233,6 @@ def _start(deployments: tuple[Deployment, ...], port: int, stack: ExitStack) -> 
 def _cause() -> str:
     """The last words of the replicas that failed: the error itself, under Serve's account of it."""
     from ray import serve as ray_serve
-
-    from labkit.serving.app import APP_NAME
 
     application = ray_serve.status().applications.get(APP_NAME)
     messages = [state.message for state in application.deployments.values()] if application else []

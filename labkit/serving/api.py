@@ -20,7 +20,17 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from labkit.serving.backend import Accepted, Backend, Event, Finished, Job, Refused, Unavailable
+from labkit.serving.backend import (
+    MODEL_NOT_FOUND,
+    Accepted,
+    Backend,
+    Event,
+    Finished,
+    Job,
+    Refused,
+    Unavailable,
+)
+from labkit.serving.deployment import distinct_names, is_called
 from labkit.serving.schema import (
     AssistantMessage,
     ChatChoice,
@@ -77,24 +87,23 @@ def build_api(backends: Iterable[Backend]) -> FastAPI:
     """The whole API for these models: an ordinary FastAPI application.
 
     ``/v1/models``, ``/v1/models/{id}``, ``/v1/completions``, ``/v1/chat/completions`` and ``/healthz``.
-    Raises ValueError when two models have the same name.
+    A request asks for a model by its name or its alias; answers carry the name.
+    Raises ValueError when that could mean two models.
     """
-    models: dict[str, Backend] = {}
-    for backend in backends:
-        if backend.name in models:
-            raise ValueError(f"two models are called {backend.name!r}; give one of them another name")
-        models[backend.name] = backend
+    backends = list(backends)
+    names = distinct_names([backend.name for backend in backends])
 
-    def find(name: str) -> Backend:
-        if name not in models:
-            has = ", ".join(map(repr, models)) or "no model"
-            raise APIError(
-                404,
-                f"The model {name!r} does not exist; this server has {has}",
-                code="model_not_found",
-                param="model",
-            )
-        return models[name]
+    def find(asked: str) -> Backend:
+        for backend in backends:
+            if is_called(backend.name, asked):
+                return backend
+        has = ", ".join(map(repr, names)) or "no model"
+        raise APIError(
+            404,
+            f"The model {asked!r} does not exist; this server has {has}",
+            code=MODEL_NOT_FOUND,
+            param="model",
+        )
 
     api = FastAPI(title="labkit", description="OpenAI-compatible", default_response_class=ASCIIResponse)
     _answer_errors_in_openai_shape(api)
@@ -102,15 +111,15 @@ def build_api(backends: Iterable[Backend]) -> FastAPI:
     @api.get("/healthz")
     async def healthz() -> Response:
         """200 and how busy each replica is, or 503 where a model does not answer."""
-        found = await asyncio.gather(*(_states(backend) for backend in models.values()))
-        state = dict(zip(models, found, strict=True))
+        found = await asyncio.gather(*(_states(backend) for backend in backends))
+        state = dict(zip(names, found, strict=True))
         healthy = all(state.values())
         body = {"status": "ok" if healthy else "unavailable", "models": state}
         return ASCIIResponse(body, status_code=200 if healthy else 503)
 
     @api.get("/v1/models")
     async def list_models() -> ModelList:
-        return ModelList(data=[_card(backend) for backend in models.values()])
+        return ModelList(data=[_card(backend) for backend in backends])
 
     @api.get("/v1/models/{model:path}")
     async def get_model(model: str) -> ModelCard:
@@ -118,17 +127,14 @@ def build_api(backends: Iterable[Backend]) -> FastAPI:
 
     @api.post("/v1/completions", response_model=CompletionResponse)
     async def completions(request: CompletionRequest) -> Response:
-        backend = find(request.model)
-        job = Job(request.prompt, request.sampling(), request.token_limit)
-        return await _answer(backend, job, CompletionShape(request, backend.name))
+        job = Job(request.model, request.prompt, request.sampling(), request.token_limit)
+        return await _answer(find(request.model), job, CompletionShape, request)
 
     @api.post("/v1/chat/completions", response_model=ChatResponse)
     async def chat_completions(request: ChatRequest) -> Response:
-        backend = find(request.model)
-        job = Job(
-            [message.plain() for message in request.messages], request.sampling(), request.token_limit
-        )
-        return await _answer(backend, job, ChatShape(request, backend.name))
+        messages = [message.plain() for message in request.messages]
+        job = Job(request.model, messages, request.sampling(), request.token_limit)
+        return await _answer(find(request.model), job, ChatShape, request)
 
     return api
 
@@ -240,7 +246,9 @@ class CompletionShape(Shape):
         return found
 
 
-async def _answer(backend: Backend, job: Job, shape: Shape) -> Response:
+async def _answer(
+    backend: Backend, job: Job, kind: type[Shape], request: CompletionRequest | ChatRequest
+) -> Response:
     """Do the job and answer whole or in chunks. Whether it can be done is known before the first byte is
     sent.
     """
@@ -250,7 +258,9 @@ async def _answer(backend: Backend, job: Job, shape: Shape) -> Response:
     except BaseException:
         await events.aclose()
         raise
-    if shape.request.stream:
+    # The name of the model that answers, which is not the one that was listed while a checkpoint is replaced.
+    shape = kind(request, accepted.model)
+    if request.stream:
         return StreamingResponse(_chunks(events, accepted, shape), media_type="text/event-stream")
     async with aclosing(events):
         tokens: list[Token] = []
@@ -267,7 +277,8 @@ async def _answer(backend: Backend, job: Job, shape: Shape) -> Response:
 async def _first(events: AsyncGenerator[Event, None]) -> Accepted:
     event = await anext(events)
     if isinstance(event, Refused):
-        raise APIError(400, event.message, code=event.code, param=event.param)
+        status = 404 if event.code == MODEL_NOT_FOUND else 400
+        raise APIError(status, event.message, code=event.code, param=event.param)
     assert isinstance(event, Accepted)
     return event
 

@@ -7,7 +7,6 @@ hold engines.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -20,9 +19,8 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from labkit.serving.api import build_api
 from labkit.serving.backend import EngineBackend, Event, Job, State, Unavailable
-from labkit.serving.deployment import Deployment, distinct_names
+from labkit.serving.deployment import INGRESS, Deployment, distinct_names, serve_name
 
-APP_NAME = "labkit"
 # A replica is offered twice what its engine runs at once, so that a place in the batch never waits for
 # the network.
 OFFERED_PER_SLOT = 2
@@ -40,14 +38,14 @@ def build(args: dict[str, Any]) -> serve.Application:
             f"expected {{'deployments': [...]}} with at least one, found the keys {sorted(args)}"
         )
     deployments = [Deployment.model_validate(fields) for fields in args["deployments"]]
-    names = distinct_names(deployments)
+    names = distinct_names(deployment.name for deployment in deployments)
     return Ingress.bind([_model(deployment) for deployment in deployments], names)  # type: ignore[attr-defined]
 
 
 def _model(deployment: Deployment) -> serve.Application:
     threads = deployment.threads or 1
     return Model.options(  # type: ignore[attr-defined]
-        name="model-" + re.sub(r"[^A-Za-z0-9-]", "-", deployment.name),
+        name=serve_name(deployment.name),
         num_replicas=deployment.replicas,
         max_ongoing_requests=OFFERED_PER_SLOT * deployment.max_batch,
         ray_actor_options={
@@ -57,7 +55,17 @@ def _model(deployment: Deployment) -> serve.Application:
     ).bind(deployment.model_dump())
 
 
-@serve.deployment(graceful_shutdown_timeout_s=5, graceful_shutdown_wait_loop_s=0.5)
+# An update of a running application starts the new replicas first, and only then ends the old ones; how long
+# requests that still run there may take is what graceful_shutdown_timeout_s says. Short here, for a person who
+# presses Ctrl-C; in a cluster the Serve config sets it.
+UPDATE: dict[str, Any] = {
+    "max_surge_percent": 100,
+    "graceful_shutdown_timeout_s": 5,
+    "graceful_shutdown_wait_loop_s": 0.5,
+}
+
+
+@serve.deployment(**UPDATE)
 class Model:
     """A replica: the model in memory and an engine that runs it."""
 
@@ -116,12 +124,7 @@ class HandleBackend:
         return [state for states in found for state in states]
 
 
-@serve.deployment(
-    max_ongoing_requests=1000,
-    graceful_shutdown_timeout_s=5,
-    graceful_shutdown_wait_loop_s=0.5,
-    ray_actor_options={"num_cpus": 0},
-)
+@serve.deployment(name=INGRESS, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}, **UPDATE)
 @serve.ingress()
 class Ingress:
     """Speaks HTTP for all models. It holds neither torch nor a model."""

@@ -9,21 +9,27 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from labkit.serving.deployment import is_called
 from labkit.serving.stream import Token
 
 if TYPE_CHECKING:
     from labkit.serving.engine import Engine
 
 
+MODEL_NOT_FOUND = "model_not_found"  # OpenAI's word
+
+
 @dataclass(frozen=True)
 class Job:
     """One request as an engine needs it.
 
+    model       the name that was asked for
     prompt      a text, token ids, or the messages of a conversation (``role`` and ``content``)
     sampling    SamplingParams' fields, without max_tokens
     max_tokens  None = until the context is full
     """
 
+    model: str
     prompt: str | list[int] | list[dict[str, str]]
     sampling: dict[str, Any]
     max_tokens: int | None
@@ -42,8 +48,9 @@ class Refused:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The first event of a job that is being done."""
+    """The first event of a job that is being done, and the name of the model that does it."""
 
+    model: str
     prompt_tokens: int
 
 
@@ -105,6 +112,12 @@ class EngineBackend:
         from labkit.serving.engine import EngineClosed
         from labkit.serving.sampling import SamplingParams
 
+        # While one checkpoint takes another's place, jobs for both arrive.
+        if not is_called(self.name, job.model):
+            yield Refused(
+                f"The model {job.model!r} was replaced by {self.name!r}", MODEL_NOT_FOUND, "model"
+            )
+            return
         limit = self.engine.max_len
         try:
             ids = self._ids(job.prompt)
@@ -128,7 +141,7 @@ class EngineBackend:
             return
         finished = False
         try:
-            yield Accepted(len(ids))
+            yield Accepted(self.name, len(ids))
             async for token in stream:
                 # The token that ends a text is not part of the answer; what it set free is.
                 ends = token.id in self.engine.model.config.eos_ids

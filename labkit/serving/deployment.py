@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from labkit.settings import DEFAULT_MODEL
 
+APP_NAME, INGRESS = "labkit", "Ingress"
 TINY = "tiny"
 ON_A_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -20,7 +21,9 @@ class Deployment(BaseModel):
     ``Deployment.model_validate_json()``.
 
     checkpoint  what ``labkit.models.load`` takes: a folder, a name, ``org/name``
-    name        what a request says in ``model``; default: the folder's or the model's last name
+    name        what a request says in ``model``; default: the folder's or the model's last name. Of a name such as
+                ``lab@int4`` a request may say the part before the @ alone, its alias: that stays when the
+                checkpoint behind it changes
     replicas    engines, each with the whole model
     threads     CPU threads, and cores reserved, for each replica; None = the machine's cores shared out
                 among them
@@ -78,11 +81,29 @@ class Deployment(BaseModel):
             )
 
 
-def distinct_names(deployments: Iterable[Deployment]) -> list[str]:
-    """The deployments' names, in order. Raises ValueError where two are equal: a request could mean either."""
-    names = [deployment.name for deployment in deployments]
-    if len(set(names)) < len(names):
+def alias(name: str) -> str:
+    """What stands before the @, or the whole name: what clients ask for, whichever checkpoint is behind it."""
+    return name.partition("@")[0]
+
+
+def is_called(name: str, asked: str) -> bool:
+    """Whether a request that asks for this may be answered by the model of that name."""
+    return asked in (name, alias(name))
+
+
+def serve_name(name: str) -> str:
+    """What Ray Serve calls the model of that name. The alias decides, so that another checkpoint under the same
+    alias is an update of what runs, replica by replica, and not an end and a beginning.
+    """
+    return "model-" + re.sub(r"[^A-Za-z0-9-]", "-", alias(name))
+
+
+def distinct_names(names: Iterable[str]) -> list[str]:
+    """The names, in order. Raises ValueError where a request, or Ray Serve, could mean two."""
+    names = list(names)
+    if len({serve_name(name) for name in names}) < len(names):
         raise ValueError(
-            f"every model needs its own name, found {names}; set `name` on one of those that are equal"
+            f"every model needs its own name, found {names}; set `name` on one of those that are equal (the "
+            "letters, digits and - before an @ count)"
         )
     return names

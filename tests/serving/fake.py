@@ -36,7 +36,7 @@ class FakeBackend:
             return
         self.open += 1
         try:
-            yield Accepted(size)
+            yield Accepted(self.name, size)
             count = min(job.max_tokens or CONTEXT, len(WORDS))
             for index, word in enumerate(WORDS[:count]):
                 if index == self.fail_after:

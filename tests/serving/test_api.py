@@ -285,7 +285,7 @@ def test_a_failure_in_a_stream_is_an_error_for_the_client(client: openai.OpenAI)
 
 
 def test_equal_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="two models are called 'fake'"):
+    with pytest.raises(ValueError, match="needs its own name"):
         build_api([FakeBackend(), FakeBackend()])
 
 

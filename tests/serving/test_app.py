@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 from labkit.serving.app import HandleBackend
 from labkit.serving.backend import Accepted, Finished, Job, Unavailable
 
-JOB = Job("a", {}, 1)
+JOB = Job("m", "a", {}, 1)
 
 
 class Handle:
@@ -51,20 +51,20 @@ async def read(handle: Handle, count: int | None = None) -> list[Any]:
 
 
 def test_an_answer_that_was_read_to_its_end_is_not_cancelled() -> None:
-    handle = Handle(Accepted(1), Finished("stop", 1))
+    handle = Handle(Accepted("m", 1), Finished("stop", 1))
     assert asyncio.run(read(handle)) == list(handle.events)
     assert handle.cancelled == 0
 
 
 def test_a_client_that_leaves_cancels_the_replicas_work() -> None:
-    handle = Handle(Accepted(1), Finished("stop", 1))
-    assert asyncio.run(read(handle, 1)) == [Accepted(1)]
+    handle = Handle(Accepted("m", 1), Finished("stop", 1))
+    assert asyncio.run(read(handle, 1)) == [Accepted("m", 1)]
     assert handle.cancelled == 1
 
 
 def test_a_dead_replica_is_unavailable_and_other_errors_stay_what_they_are() -> None:
     with pytest.raises(Unavailable, match="'m' cannot answer now"):
-        asyncio.run(read(Handle(Accepted(1), RayActorError())))
+        asyncio.run(read(Handle(Accepted("m", 1), RayActorError())))
     broken = Handle(ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
         asyncio.run(read(broken))
