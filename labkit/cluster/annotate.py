@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from labkit.cluster.render import Manifest
+from labkit.cluster.pods import Manifest
 
 FILES = {
     "Namespace": "namespace.yaml",
