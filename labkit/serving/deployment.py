@@ -40,7 +40,7 @@ class Deployment(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoint: str
-    name: str = Field("", max_length=200)
+    name: str = Field("", max_length=200, pattern="^[^@]")
     replicas: int = Field(1, ge=1)
     threads: int | None = Field(None, ge=1)
     max_batch: int = Field(8, ge=1)

@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
-from labkit.serving.backend import Accepted, Event, Finished, Job, Refused, State
+from labkit.serving.backend import MODEL_NOT_FOUND, Accepted, Event, Finished, Job, Refused, State
+from labkit.serving.deployment import is_called
 from labkit.serving.stream import Token, TopLogprob
 
 WORDS = ["Call", " me", " Ish", "mael", ".", " Some", " years", " ago"]
@@ -19,14 +20,20 @@ class FakeBackend:
 
     created = 1_700_000_000
 
-    def __init__(self, name: str = "fake", fail_after: int | None = None) -> None:
-        self.name = name
+    def __init__(
+        self, name: str = "fake", fail_after: int | None = None, behind: str | None = None
+    ) -> None:
+        """behind: the name of the model that really answers, where it is another by now."""
+        self.name, self.behind = name, behind or name
         self.jobs: list[Job] = []
         self.open = 0  # jobs that were begun and not yet left
         self.fail_after = fail_after
 
     async def generate(self, job: Job) -> AsyncGenerator[Event, None]:
         self.jobs.append(job)
+        if not is_called(self.behind, job.model):
+            yield Refused("replaced", code=MODEL_NOT_FOUND, param="model")
+            return
         if isinstance(job.prompt, str):
             size = len(job.prompt.split())
         else:
@@ -36,7 +43,7 @@ class FakeBackend:
             return
         self.open += 1
         try:
-            yield Accepted(self.name, size)
+            yield Accepted(self.behind, size)
             count = min(job.max_tokens or CONTEXT, len(WORDS))
             for index, word in enumerate(WORDS[:count]):
                 if index == self.fail_after:

@@ -289,6 +289,32 @@ def test_equal_names_are_refused() -> None:
         build_api([FakeBackend(), FakeBackend()])
 
 
+def test_the_alias_is_asked_for_and_the_name_answers() -> None:
+    with TestClient(build_api([FakeBackend("lab@int4"), FakeBackend("other")])) as http:
+        for asked in ("lab", "lab@int4"):
+            for path, ask in [("completions", PLAIN), ("chat/completions", CHAT)]:
+                answer = http.post(f"/v1/{path}", json={**ask, "model": asked})
+                assert answer.status_code == 200 and answer.json()["model"] == "lab@int4"
+            assert http.get(f"/v1/models/{asked}").json()["id"] == "lab@int4"
+        missing = http.post("/v1/completions", json={**PLAIN, "model": "lab@fp32"})
+        assert (
+            missing.status_code == 404
+            and "this server has 'lab@int4', 'other'" in error(missing)["message"]
+        )
+        assert [card["id"] for card in http.get("/v1/models").json()["data"]] == ["lab@int4", "other"]
+        assert set(http.get("/healthz").json()["models"]) == {"lab@int4", "other"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_name_the_model_that_gave_them_while_it_is_replaced(stream: bool) -> None:
+    with TestClient(build_api([FakeBackend("lab@fp32", behind="lab@int4")])) as http:
+        answer = http.post("/v1/completions", json={**PLAIN, "model": "lab", "stream": stream})
+        assert answer.status_code == 200 and answer.text.count('"model":"lab@int4"') >= 1
+        assert "fp32" not in answer.text
+        gone = http.post("/v1/completions", json={**PLAIN, "model": "lab@fp32", "stream": stream})
+        assert gone.status_code == 404 and error(gone)["code"] == "model_not_found"
+
+
 def test_every_job_is_left(http: TestClient, backend: FakeBackend) -> None:
     for body in (PLAIN, {**PLAIN, "stream": True}, {**PLAIN, "max_tokens": 1}):
         http.post("/v1/completions", json=body)

@@ -11,7 +11,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from labkit.serving.app import HandleBackend
-from labkit.serving.backend import Accepted, Finished, Job, Unavailable
+from labkit.serving.backend import Accepted, EngineBackend, Finished, Job, Refused, Unavailable
 
 JOB = Job("m", "a", {}, 1)
 
@@ -69,3 +69,14 @@ def test_a_dead_replica_is_unavailable_and_other_errors_stay_what_they_are() -> 
     with pytest.raises(ZeroDivisionError):
         asyncio.run(read(broken))
     assert broken.cancelled == 1
+
+
+def test_a_replica_does_not_answer_for_the_checkpoint_that_it_replaced() -> None:
+    async def first(asked: str) -> Any:
+        return await anext(EngineBackend(object(), "lab@int4").generate(Job(asked, "a", {}, 1)))  # type: ignore[arg-type]
+
+    refused = asyncio.run(first("lab@fp32"))
+    assert isinstance(refused, Refused) and (refused.code, refused.param) == ("model_not_found", "model")
+    for asked in ("lab", "lab@int4"):
+        with pytest.raises(AttributeError):  # on to the engine, of which there is none here
+            asyncio.run(first(asked))
