@@ -41,6 +41,7 @@ TMP: Manifest = {"name": "tmp", "emptyDir": {}}
 HOME_FOLDER: Manifest = {"name": "home", "emptyDir": {}}
 SHM: Manifest = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{SHM_MB}Mi"}}
 CLAIM: Manifest = {"name": "checkpoints", "persistentVolumeClaim": {"claimName": "checkpoints"}}
+RAY_VOLUMES = (TMP, HOME_FOLDER, SHM, CLAIM)
 MOUNTS = {"tmp": "/tmp", "home": HOME, "shm": "/dev/shm", "checkpoints": CHECKPOINTS}
 
 
@@ -143,23 +144,25 @@ def check_name(kind: str, name: str) -> None:
 
 
 def _head(profile: Profile, serving: bool) -> Manifest:
-    container = _container("ray-head", profile, profile.head, TMP, HOME_FOLDER, SHM, CLAIM)
+    container = _container("ray-head", profile, profile.head, *RAY_VOLUMES)
     container["ports"] = _ports(serving, {"gcs-server": 6379, "dashboard": 8265})
-    return pod(container, TMP, HOME_FOLDER, SHM, CLAIM)
+    container["env"] = _env(serving)
+    return pod(container, *RAY_VOLUMES)
 
 
 def _worker(profile: Profile, serving: bool) -> Manifest:
-    container = _container("ray-worker", profile, profile.worker, TMP, HOME_FOLDER, SHM, CLAIM)
+    container = _container("ray-worker", profile, profile.worker, *RAY_VOLUMES)
     container["ports"] = _ports(serving, {})
-    container["lifecycle"] = {"preStop": {"sleep": {"seconds": 5}}}
+    container["env"] = _env(serving)
     if serving:
+        container["lifecycle"] = {"preStop": {"sleep": {"seconds": 5}}}
         container["readinessProbe"] = {
             "httpGet": {"path": "/-/healthz", "port": "serve"},
             "periodSeconds": 2,
             "timeoutSeconds": 5,
             "failureThreshold": 3,
         }
-    spec = pod(container, TMP, HOME_FOLDER, SHM, CLAIM)
+    spec = pod(container, *RAY_VOLUMES)
     spec["topologySpreadConstraints"] = [
         {
             "maxSkew": 1,
@@ -179,14 +182,17 @@ def _container(name: str, profile: Profile, size: Size, *volumes: Manifest) -> M
         "name": name,
         "image": profile.image,
         "imagePullPolicy": profile.pull,
-        "env": [
-            {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
-            {"name": "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "value": "60"},
-        ],
         "resources": size.resources(),
         "securityContext": CONTAINER_SECURITY,
         "volumeMounts": _mounts(*volumes),
     }
+
+
+def _env(serving: bool) -> list[Manifest]:
+    values = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if serving:
+        values["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
+    return [{"name": name, "value": value} for name, value in values.items()]
 
 
 def _mounts(*volumes: Manifest) -> list[Manifest]:
