@@ -20,6 +20,7 @@ class Settings:
     shared_cache  LABKIT_SHARED_CACHE: a read-only cache that is looked up first (a hub's), or None
     offline       LABKIT_OFFLINE: never ask the network
     progress      LABKIT_PROGRESS: progress bars; 0 switches them off
+    node          LABKIT_NODE: the folder of the test node that cluster/node makes; default: in the cache
     work          LABKIT_WORK: the learner's folder, where it is not ``work/`` of the checkout (a hub), or None
     """
 
@@ -28,6 +29,7 @@ class Settings:
     shared_cache: Path | None
     offline: bool
     progress: bool
+    node: Path
     work: Path | None = None
 
 
@@ -37,12 +39,14 @@ def settings() -> Settings:
     Raises ValueError when a switch is neither 0 nor 1.
     """
     shared = os.environ.get("LABKIT_SHARED_CACHE")
+    cache = Path(os.environ.get("LABKIT_CACHE") or platformdirs.user_cache_path("labkit"))
     return Settings(
         model=os.environ.get("LABKIT_MODEL") or DEFAULT_MODEL,
-        cache=Path(os.environ.get("LABKIT_CACHE") or platformdirs.user_cache_path("labkit")),
+        cache=cache,
         shared_cache=Path(shared) if shared else None,
         offline=_switch("LABKIT_OFFLINE", default=False),
         progress=_switch("LABKIT_PROGRESS", default=True),
+        node=Path(os.environ.get("LABKIT_NODE") or cache / "node"),
         work=Path(os.environ["LABKIT_WORK"]) if os.environ.get("LABKIT_WORK") else None,
     )
 
