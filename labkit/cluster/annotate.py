@@ -28,7 +28,7 @@ WHY = {
     "pod-security.kubernetes.io/enforce:": "Pods that could become root or leave their container are not admitted.",
     "kind: ServiceAccount": "The account of all Ray pods. It may do nothing.",
     "kind: Role": "For a person: see everything but secrets, change what Ray runs, forward a port.",
-    "automountServiceAccountToken:": "Ray does not talk to the API server; code in a pod shall not either.",
+    "automountServiceAccountToken:": "Nothing in these pods has to talk to the API server.",
     "accessModes:": "Pods of several nodes read it, and a job writes it.",
     "upgradeStrategy:": "A change below rayClusterConfig makes a second Ray cluster and moves the service there\n"
     "when it is ready; a change of serveConfigV2 happens in place, replica by replica.",
@@ -43,18 +43,18 @@ WHY = {
     "num-cpus: '8'": "As in the other profiles: room for the new replicas beside the old.",
     "object-store-memory:": "Must fit /dev/shm, below; Ray would take 30 % of the memory.",
     "enableServiceLinks:": "Kubernetes would set a variable for each service, and Ray reads some (REDIS_…) as its own.",
-    "readOnlyRootFilesystem:": "What must be written goes to /tmp (Ray's logs), HOME and /dev/shm.",
+    "readOnlyRootFilesystem:": "What must be written goes to the volumes.",
     "fsGroup:": "So that the volumes can be written.",
     "- name: RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "Serve gives its HTTP proxy 5 s, too few on a small CPU share.",
     "- name: serve": "The port of this name is what the operator's Service <name>-serve-svc leads to.",
     "lifecycle:": "The pod leaves the Service at once and goes on answering while that becomes known.",
-    "readinessProbe:": "The operator's own calls bash and wget each time; this asks Serve's proxy directly. A worker\n"
+    "path: /-/healthz": "The operator's own probe calls bash and wget each time; this asks Serve's proxy directly. A worker\n"
     "without a replica has no proxy and is not ready, which is right.",
     "topologySpreadConstraints:": "Workers of one Ray cluster on different nodes, where there are several.",
     "gcsFaultToleranceOptions:": "Ray's state outlives the head: workers go on answering and join the new one.",
     "submitterPodTemplate:": "The operator's own submitter would be refused in this namespace, and the job hang.",
     "strategy:": "Two Redis at once would each have half of the state.",
-    "command:": "The password by standard input: in the arguments, each process of the node could read it.",
+    "command:": "The password in a file: among the arguments, whoever lists the node's processes could read it.",
 }
 
 

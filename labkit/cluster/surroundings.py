@@ -103,7 +103,8 @@ def redis_manifests(
         "imagePullPolicy": profile.pull,
         "command": ["sh", "-c"],
         "args": [
-            'printf "requirepass %s\\ndir /data\\nappendonly yes\\n" "$REDIS_PASSWORD" | exec redis-server -'
+            'printf "requirepass %s\\ndir /data\\nappendonly yes\\n" "$REDIS_PASSWORD" > /data/redis.conf\n'
+            "exec redis-server /data/redis.conf\n"
         ],
         "env": [{"name": "REDIS_PASSWORD", **password(redis)}],
         "ports": [{"name": "redis", "containerPort": 6379}],
