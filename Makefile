@@ -10,7 +10,8 @@ BIN = .venv/bin
 SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 TIERS = unit parity notebooks serving browser cluster bench
 
-.PHONY: help setup lab test check lint long test-long system-packages constraints clean
+.PHONY: help setup lab test check lint test-long node node-up node-down node-status
+.PHONY: system-packages constraints clean
 .PHONY: $(TIERS:%=test-%)
 
 help:
@@ -38,6 +39,12 @@ lint: setup ## style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+node: setup ## build the test node, a Kubernetes for this machine: once, a quarter of an hour
+	@$(BIN)/python cluster/node build
+
+node-up node-down node-status: setup ## start the test node, stop it, look at it
+	@$(BIN)/python cluster/node $(@:node-%=%)
 
 system-packages: ## what some tests need beyond Python, on Debian and Ubuntu
 	$(SUDO) apt-get install -y --no-install-recommends $$(cat tools/system-packages.txt)

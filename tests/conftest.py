@@ -35,6 +35,12 @@ def _bundled_model() -> bool:
     return fetch.find() is not None
 
 
+def _test_node() -> bool:
+    from labkit.settings import settings
+
+    return os.geteuid() == 0 and (settings().node / "share" / "complete").exists()
+
+
 # name: (is it there?, what to do where it is not)
 PARTS: dict[str, tuple[Callable[[], bool], str]] = {
     "bundled model": (_bundled_model, "run `labkit models fetch`"),
@@ -42,6 +48,7 @@ PARTS: dict[str, tuple[Callable[[], bool], str]] = {
     "git": (_command("git"), "install git"),
     "make": (_command("make"), "install make"),
     "linux": (lambda: os.path.isdir("/proc/self"), "run it on Linux"),
+    "test node": (_test_node, "run `make node` as root, once"),
     "network namespace": (_private_network, f"{PACKAGES}, and run as root or allow user namespaces"),
 }
 

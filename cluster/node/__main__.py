@@ -1,0 +1,38 @@
+"""``python cluster/node build | up | down | status``: what `make node`, `make node-up` and so on run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import programs
+from node import CONTEXT, Node
+
+from labkit.settings import settings
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("action", choices=("build", "up", "down", "status"))
+    action = parser.parse_args().action
+    node = Node(settings().node)
+    try:
+        if action == "build":
+            programs.build(node.folder)
+            print(f"The node's programs are in {node.folder}; `make node-up` starts it.")
+        elif action == "up":
+            node.up()
+            print(f"kubectl: {node.bin}/kubectl --kubeconfig {node.kubeconfig} (context {CONTEXT})")
+        elif action == "down":
+            node.down()
+            print("Nothing of the node is left running.")
+        else:
+            print("\n".join(node.status()))
+    except (RuntimeError, PermissionError) as error:
+        print(f"node: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,475 @@
+"""A Kubernetes of one node on this machine: start, stop and look at it.
+
+Everything runs in a network namespace of its own with no route out, and what mounts anything runs in a mount
+namespace of its own, so that both vanish with the last process. ``up`` begins by clearing what a crash
+left. The folder is ``LABKIT_NODE``; the only thing that stands on the machine's own network is a forwarder
+on 127.0.0.1 that carries connections to the API server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import string
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import certificates
+import programs
+
+HERE = Path(__file__).resolve().parent
+CONTEXT = "bits-to-pods-node"
+NETWORK = "bits-to-pods"  # the network namespace
+CGROUP = "bits-to-pods"
+NODE_NAME = "lab"
+ADDRESS = "192.0.2.2"  # RFC 5737: an address for documentation, nobody's
+SERVICES = "10.96.0.0/16"
+PODS = "10.244.0.0/16"
+API_PORT = 6443
+VOLUMES = 32
+PATIENCE_S = 120.0
+# What kubelet would set; where a container may not write these, the wish stands over the entry instead.
+SYSCTL = {
+    "vm/overcommit_memory": "1",
+    "vm/panic_on_oom": "0",
+    "kernel/panic": "10",
+    "kernel/panic_on_oops": "1",
+    "kernel/keys/root_maxkeys": "1000000",
+    "kernel/keys/root_maxbytes": "25000000",
+}
+# In the order they are stopped: nothing outlives what would restart it or needs it to end well.
+STOP_ORDER = (
+    "kubelet", "forwarder", "proxy", "scheduler", "controller-manager", "tasks", "shims", "containerd",
+    "mounts", "apiserver", "etcd",
+)  # fmt: skip
+WORKLOADS = {"CoreDNS": ("kube-system", "coredns"), "KubeRay": ("kuberay-system", "kuberay-operator"),
+             "metrics": ("kube-system", "metrics-server")}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process of the node. ``mounts``: it runs in the node's mount namespace too."""
+
+    name: str
+    command: tuple[str, ...]
+    mounts: bool = False
+
+
+class Node:
+    """The node that lives in a folder (``bin``, ``images``, ``share`` made by ``programs.build``).
+
+    kubeconfig  for the administrator, over 127.0.0.1; its context is ``bits-to-pods-node``
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.bin, self.run = self.folder / "bin", self.folder / "run"
+        self.pki, self.kubeconfig = self.run / "pki", self.folder / "kubeconfig"
+        self.volumes = self.folder / "volumes"
+
+    # ---- start and stop
+
+    def up(self, say: Callable[[str], None] = print) -> dict[str, float]:
+        """Start it, and return once DNS, metrics and the KubeRay operator work: seconds for each stage.
+
+        Raises RuntimeError where something does not come up, with the log to read; PermissionError unless
+        root.
+        """
+        if os.geteuid() != 0:
+            raise PermissionError("the test node makes namespaces and mounts: run it as root")
+        if not programs.is_built(self.folder):
+            raise RuntimeError("the node's programs are not built yet: run `make node`")
+        clock = _Clock(say)
+        self.down()
+        self._prepare()
+        self._make_network()
+        clock.stage("clean start")
+        self._start_all("etcd", "apiserver", "mounts", "containerd")
+        self._start_forwarder()
+        self._until(self.answers, "apiserver")
+        self._start_all("controller-manager", "scheduler", "proxy")
+        clock.stage("API server")
+        self._until(lambda: bool(self.ctr("version", check=False)), "containerd")
+        self._forget_containers()
+        for image in sorted((self.folder / "images").glob("*.tar")):
+            self.load_image(image)
+        clock.stage("images")
+        self.start_part("kubelet")
+        self.kubectl("apply", "--server-side", "-f", str(HERE / "config" / "addons.yaml"))
+        self.kubectl("apply", "--server-side", "-k", str(self.folder / "share" / "kuberay"))
+        self._apply_volumes()
+        self._until(lambda: "True" in self._node_ready(), "kubelet")
+        clock.stage("node ready")
+        for what, (namespace, name) in WORKLOADS.items():
+            self.kubectl(
+                "rollout", "status", f"deployment/{name}", f"--namespace={namespace}", "--timeout=120s"
+            )
+            clock.stage(what)
+        clock.stage("total", clock.began)
+        return clock.stages
+
+    def down(self) -> None:
+        """End every process of the node, and remove its mounts, its network, its cgroups and its state.
+
+        Also what a crash left; with nothing there it does nothing.
+        """
+        for name in STOP_ORDER:
+            self.stop_part(name)
+        self._unmount()
+        _remove_cgroups()
+        if Path("/run/netns", NETWORK).exists():
+            _call("ip", "netns", "delete", NETWORK)
+        shutil.rmtree(self.run, ignore_errors=True)
+        self.kubeconfig.unlink(missing_ok=True)
+
+    def leftovers(self) -> list[str]:
+        """What of the node stands on the machine now, one line each; empty after ``down``."""
+        found = [f"process {pid} {name}" for name in STOP_ORDER for pid in self._pids(name)]
+        found += [f"mount {path}" for path in self._mounts()]
+        found += [f"cgroup {path}" for path in _cgroups()]
+        if Path("/run/netns", NETWORK).exists():
+            found.append(f"network namespace {NETWORK}")
+        return found
+
+    def status(self) -> list[str]:
+        """One line for each part: running or not."""
+        lines = []
+        for name in reversed(STOP_ORDER):
+            pids = self._pids(name)
+            lines.append(
+                f"{name:20} {'running' if pids else 'not running'}" + f" ({len(pids)})" * (len(pids) > 1)
+            )
+        if self._pids("apiserver"):
+            lines.append(self.kubectl("get", "pods", "--all-namespaces", check=False))
+        return lines
+
+    def answers(self) -> bool:
+        """Whether its API server is up."""
+        return self.kubeconfig.exists() and self.kubectl("get", "--raw", "/readyz", check=False) == "ok"
+
+    # ---- parts, for tests that break things
+
+    def stop_part(self, name: str) -> None:
+        """Kill the processes of one part and wait until they are gone: what a crash of it looks like."""
+        while pids := self._pids(name):
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+
+    def start_part(self, name: str) -> None:
+        """Start one part; it answers a little later."""
+        part = {part.name: part for part in self._parts()}[name]
+        if part.mounts:
+            holder = self._pids("mounts")[0]
+            prefix = ["nsenter", f"--target={holder}", "--mount", "--net", "--"]
+        else:
+            prefix = self.in_network([])
+        with (self.run / f"{name}.log").open("ab") as log:
+            subprocess.Popen(
+                [*prefix, *part.command], cwd=self.run, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, env={**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}"},
+            )  # fmt: skip
+
+    # ---- use
+
+    def in_network(self, command: list[str]) -> list[str]:
+        """The command as it runs inside the node's network, where pods and services have addresses."""
+        return ["nsenter", f"--net=/run/netns/{NETWORK}", "--", *command]
+
+    def load_image(self, tar: Path) -> None:
+        """Give containerd the images of a docker or OCI archive; what it has already is not copied again."""
+        stamp = self.folder / "containerd" / "loaded.json"
+        loaded = json.loads(stamp.read_text()) if stamp.exists() else {}
+        state = [tar.stat().st_size, tar.stat().st_mtime_ns]
+        if loaded.get(str(tar)) != state:
+            self.ctr("images", "import", "--local", str(tar))
+            stamp.write_text(json.dumps({**loaded, str(tar): state}))
+
+    def ctr(self, *arguments: str, check: bool = True) -> str:
+        """containerd's own command, in the namespace that kubelet uses."""
+        holder = next(iter(self._pids("mounts")), 0)
+        enter = ["nsenter", f"--target={holder}", "--mount", "--"] if holder else []
+        command = [str(self.bin / "ctr"), "-a", str(self.run / "containerd.sock"), "-n", "k8s.io"]
+        return _call(*enter, *command, *arguments, check=check)
+
+    def kubectl(self, *arguments: str, check: bool = True) -> str:
+        """What kubectl prints, as administrator. Raises RuntimeError with its message where it fails."""
+        return _call(str(self.bin / "kubectl"), f"--kubeconfig={self.kubeconfig}", *arguments, check=check)
+
+    # ---- inside
+
+    def _parts(self) -> Iterator[Part]:
+        pki, run = self.pki, self.run
+        yield Part(
+            "etcd",
+            (
+                f"{self.bin}/etcd", f"--data-dir={run}/etcd", "--listen-client-urls=http://127.0.0.1:2379",
+                "--advertise-client-urls=http://127.0.0.1:2379", "--listen-peer-urls=http://127.0.0.1:2380",
+                "--unsafe-no-fsync", "--log-level=warn",
+            ),
+        )  # fmt: skip
+        yield Part(
+            "apiserver",
+            (
+                f"{self.bin}/kube-apiserver", "--etcd-servers=http://127.0.0.1:2379",
+                f"--advertise-address={ADDRESS}", f"--secure-port={API_PORT}",
+                f"--tls-cert-file={pki}/apiserver.crt", f"--tls-private-key-file={pki}/apiserver.key",
+                f"--client-ca-file={pki}/ca.crt",
+                "--service-account-issuer=https://kubernetes.default.svc",
+                f"--service-account-signing-key-file={pki}/sa.key",
+                f"--service-account-key-file={pki}/sa.pub",
+                f"--service-cluster-ip-range={SERVICES}",
+                "--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
+                "--allow-privileged=true",
+                f"--kubelet-client-certificate={pki}/apiserver-kubelet.crt",
+                f"--kubelet-client-key={pki}/apiserver-kubelet.key",
+                f"--kubelet-certificate-authority={pki}/ca.crt",
+                "--kubelet-preferred-address-types=InternalIP",
+                f"--requestheader-client-ca-file={pki}/ca.crt",
+                "--requestheader-allowed-names=front-proxy",
+                "--requestheader-extra-headers-prefix=X-Remote-Extra-",
+                "--requestheader-group-headers=X-Remote-Group",
+                "--requestheader-username-headers=X-Remote-User",
+                f"--proxy-client-cert-file={pki}/front-proxy.crt",
+                f"--proxy-client-key-file={pki}/front-proxy.key",
+                "--enable-aggregator-routing=true", f"--cert-dir={run}/apiserver",
+            ),
+        )  # fmt: skip
+        yield Part(
+            "controller-manager",
+            (
+                f"{self.bin}/kube-controller-manager",
+                *(f"--{kind}kubeconfig={pki}/controller-manager.kubeconfig"
+                  for kind in ("", "authentication-", "authorization-")),
+                "--bind-address=127.0.0.1", f"--service-account-private-key-file={pki}/sa.key",
+                f"--root-ca-file={pki}/ca.crt", "--use-service-account-credentials=true",
+                f"--cluster-signing-cert-file={pki}/ca.crt", f"--cluster-signing-key-file={pki}/ca.key",
+                "--leader-elect=false", "--allocate-node-cidrs=true", f"--cluster-cidr={PODS}",
+                f"--service-cluster-ip-range={SERVICES}",
+            ),
+        )  # fmt: skip
+        yield Part(
+            "scheduler",
+            (
+                f"{self.bin}/kube-scheduler",
+                *(f"--{kind}kubeconfig={pki}/scheduler.kubeconfig"
+                  for kind in ("", "authentication-", "authorization-")),
+                "--bind-address=127.0.0.1", "--leader-elect=false",
+            ),
+        )  # fmt: skip
+        yield Part("proxy", (f"{self.bin}/kube-proxy", f"--config={run}/kube-proxy.yaml"))
+        yield Part("mounts", ("unshare", "--mount", "--propagation=slave", "sh", f"{run}/mounts.sh"))
+        yield Part("containerd", (f"{self.bin}/containerd", "-c", f"{run}/containerd.toml"), mounts=True)
+        yield Part(
+            "kubelet",
+            (
+                f"{self.bin}/kubelet", f"--config={run}/kubelet.yaml",
+                f"--kubeconfig={pki}/kubelet.kubeconfig", f"--hostname-override={NODE_NAME}",
+                f"--node-ip={ADDRESS}", f"--root-dir={run}/kubelet", f"--cert-dir={run}/kubelet/pki",
+            ),
+            mounts=True,
+        )  # fmt: skip
+
+    def _prepare(self) -> None:
+        """The state folder with certificates and configuration, and empty volumes."""
+        self.run.mkdir(mode=0o711, parents=True)
+        for folder in ("podlogs", "kubelet", "cni", "sysctl"):
+            (self.run / folder).mkdir()
+        (self.folder / "containerd").mkdir(exist_ok=True)
+        (self.run / "resolv.conf").touch()
+        certificates.write(
+            self.pki,
+            ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost", NODE_NAME],
+            ["127.0.0.1", ADDRESS, "10.96.0.1"],
+        )
+        for client in ("controller-manager", "scheduler", "kube-proxy", "kubelet"):
+            text = certificates.kubeconfig(self.pki, client, f"https://{ADDRESS}:{API_PORT}", CONTEXT)
+            (self.pki / f"{client}.kubeconfig").write_text(text)
+        for source in ("containerd.toml", "kubelet.yaml", "kube-proxy.yaml", "network.conflist"):
+            text = (HERE / "config" / source).read_text()
+            target = self.run / ("cni/" * source.endswith("conflist") + source)
+            target.write_text(string.Template(text).substitute(NODE=self.folder))
+        lines = ["set -e"]
+        for entry, value in SYSCTL.items():
+            wish = self.run / "sysctl" / entry.replace("/", ".")
+            wish.write_text(value + "\n")
+            lines.append(f"mount --bind {wish} /proc/sys/{entry}")
+        (self.run / "mounts.sh").write_text("\n".join([*lines, f"exec tail -f {self.run}/resolv.conf", ""]))
+        shutil.rmtree(self.volumes, ignore_errors=True)
+        for number in range(VOLUMES):
+            volume = self.volumes / str(number)
+            volume.mkdir(parents=True)
+            volume.chmod(0o777)  # pods write as whichever user they run as
+
+    def _make_network(self) -> None:
+        """A namespace with the node's address on a bridge, and no route but to services and pods."""
+        _call("ip", "netns", "add", NETWORK)
+        for command in (
+            "ip link set lo up",
+            "ip link add node0 type bridge",
+            f"ip address add {ADDRESS}/24 dev node0",
+            "ip link set node0 up",
+            f"ip route add {SERVICES} dev node0",
+        ):
+            _call(*self.in_network(command.split()))
+
+    def _start_all(self, *names: str) -> None:
+        for name in names:
+            self.start_part(name)
+            if name == "mounts":  # the others enter what it holds
+                self._until(lambda: any(_mounted_sysctl(pid) for pid in self._pids("mounts")), "mounts")
+
+    def _start_forwarder(self) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        with listener, (self.run / "forwarder.log").open("ab") as log:
+            subprocess.Popen(
+                self.in_network(
+                    [sys.executable, str(HERE / "forward.py"), str(listener.fileno()), ADDRESS, str(API_PORT),
+                     str(self.run)]
+                ),
+                pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+            server = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        text = certificates.kubeconfig(self.pki, "admin", server, CONTEXT)
+        self.kubeconfig.touch(mode=0o600)
+        self.kubeconfig.write_text(text)
+
+    def _forget_containers(self) -> None:
+        """Containers that an earlier run left in containerd's books; the images stay."""
+        for container in self.ctr("containers", "list", "-q").split():
+            self.ctr("containers", "rm", container, check=False)
+        for sandbox in self.ctr("sandboxes", "list", check=False).splitlines()[1:]:
+            self.ctr("sandboxes", "rm", "--force", sandbox.split()[0], check=False)
+
+    def _apply_volumes(self) -> None:
+        items = [
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolume",
+                "metadata": {"name": f"node-{number}"},
+                "spec": {
+                    "capacity": {"storage": "20Gi"},
+                    "accessModes": ["ReadWriteOnce", "ReadWriteMany"],
+                    "persistentVolumeReclaimPolicy": "Retain",
+                    "storageClassName": "node",
+                    "hostPath": {"path": str(self.volumes / str(number)), "type": "Directory"},
+                },
+            }
+            for number in range(VOLUMES)
+        ]
+        path = self.run / "volumes.json"
+        path.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
+        self.kubectl("apply", "--server-side", "-f", str(path))
+
+    def _node_ready(self) -> str:
+        query = 'jsonpath={.status.conditions[?(@.type=="Ready")].status}'
+        return self.kubectl("get", "node", NODE_NAME, "-o", query, check=False)
+
+    def _until(self, condition: Callable[[], bool], part: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            if time.monotonic() > deadline:
+                log = self.run / f"{part}.log"
+                last = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+                raise RuntimeError(
+                    f"{part} is not ready after {PATIENCE_S:.0f} s; the end of {log}:\n{last}"
+                )
+            time.sleep(0.1)
+
+    def _pids(self, part: str) -> list[int]:
+        """The running processes of a part, found by what they are, so that a crash hides none."""
+        if part == "tasks":
+            return sorted({pid for group in _cgroups() for pid in _members(group)})
+        return [pid for pid, words in _processes() if self._is(part, words)]
+
+    def _is(self, part: str, words: list[str]) -> bool:
+        if part == "forwarder":
+            return words[-1] == str(self.run) and str(HERE / "forward.py") in words
+        if part == "mounts":
+            return words == ["tail", "-f", f"{self.run}/resolv.conf"]
+        if part == "shims":
+            return (
+                Path(words[0]).name == "containerd-shim-runc-v2" and f"{self.run}/containerd.sock" in words
+            )
+        programs_of = {part.name: part.command[0] for part in self._parts()}
+        return words[0] == programs_of[part]
+
+    def _mounts(self) -> list[str]:
+        with open("/proc/self/mounts") as table:
+            paths = [line.split()[1] for line in table]
+        return [path for path in reversed(paths) if path.startswith(f"{self.run}/")]
+
+    def _unmount(self) -> None:
+        for path in self._mounts():
+            _call("umount", "--lazy", path, check=False)
+
+
+class _Clock:
+    """Says each stage with its seconds."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self.stages = say, dict[str, float]()
+        self.began = self.last = time.monotonic()
+
+    def stage(self, name: str, since: float | None = None) -> None:
+        now = time.monotonic()
+        self.stages[name] = round(now - (self.last if since is None else since), 1)
+        self.last = now
+        self.say(f"{name:15} {self.stages[name]:6.1f} s")
+
+
+def _processes() -> Iterator[tuple[int, list[str]]]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with suppress(OSError):
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+                if words:
+                    yield int(entry.name), words
+
+
+def _mounted_sysctl(pid: int) -> bool:
+    with suppress(OSError):
+        return f"/proc/sys/{list(SYSCTL)[-1]} " in Path(f"/proc/{pid}/mounts").read_text()
+    return False
+
+
+def _cgroups() -> list[Path]:
+    """The node's cgroups in every hierarchy, the innermost first."""
+    roots = [root / CGROUP for root in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir())]
+    found = [path for root in roots if root.is_dir() for path in (root, *root.rglob("*")) if path.is_dir()]
+    return sorted(found, key=lambda path: -len(path.parts))
+
+
+def _members(group: Path) -> list[int]:
+    with suppress(OSError):
+        return [int(line) for line in (group / "cgroup.procs").read_text().split()]
+    return []
+
+
+def _remove_cgroups() -> None:
+    deadline = time.monotonic() + 10
+    while groups := _cgroups():
+        for group in groups:
+            with suppress(OSError):  # busy until the kernel has let go of the last process
+                group.rmdir()
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{groups[0]} cannot be removed: a process is in it still")
+        time.sleep(0.05)
+
+
+def _call(*command: str, check: bool = True) -> str:
+    """Run a command and return what it prints; with ``check`` raise RuntimeError with its last words."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if check and done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command[:6])} ... failed: {done.stderr.strip()[-2000:]}")
+    return done.stdout.strip()

@@ -1,0 +1,52 @@
+"""The real cluster of these tests: the project's own node, started for them and stopped after them."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from labkit.settings import settings
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "cluster" / "node"))
+
+from node import Node  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def node() -> Iterator[Node]:
+    """The node, up. One that runs already is used as it is, and left running."""
+    found = Node(settings().node)
+    started = not found.answers()
+    if started:
+        found.up()
+    os.environ.pop("LABKIT_KUBE_CONTEXT", None)  # these tests are about the node, whatever else is named
+    yield found
+    if started:
+        found.down()
+
+
+@pytest.fixture
+def namespace(node: Node) -> Iterator[str]:
+    """A namespace of this test's own, under the strictest pod security, gone afterwards."""
+    name = f"test-{secrets.token_hex(3)}"
+    labels = [
+        "app.kubernetes.io/part-of=bits-to-pods",
+        "pod-security.kubernetes.io/enforce=restricted",
+    ]
+    node.kubectl("create", "namespace", name)
+    node.kubectl("label", "namespace", name, *labels)
+    yield name
+    node.kubectl("delete", "namespace", name, "--wait=true", "--timeout=120s")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever asks for the node needs it built."""
+    for item in items:
+        if "node" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.needs("test node"))
