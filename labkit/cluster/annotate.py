@@ -48,8 +48,8 @@ WHY = {
     "- name: RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "Serve gives its HTTP proxy 5 s, too few on a small CPU share.",
     "- name: serve": "The port of this name is what the operator's Service <name>-serve-svc leads to.",
     "lifecycle:": "The pod leaves the Service at once and goes on answering while that becomes known.",
-    "path: /-/healthz": "The operator's own probe calls bash and wget each time; this asks Serve's proxy directly. A worker\n"
-    "without a replica has no proxy and is not ready, which is right.",
+    "path: /-/healthz": "The operator's own probe calls bash and wget each time; this asks Serve's proxy.\n"
+    "A worker without a replica has no proxy and is not ready, which is right.",
     "topologySpreadConstraints:": "Workers of one Ray cluster on different nodes, where there are several.",
     "gcsFaultToleranceOptions:": "Ray's state outlives the head: workers go on answering and join the new one.",
     "submitterPodTemplate:": "The operator's own submitter would be refused in this namespace, and the job hang.",
