@@ -71,7 +71,7 @@ PROFILES = {
         Profile(
             "node",
             head=Size("200m", "768Mi", "2", "3Gi"),
-            worker=Size("250m", "768Mi", "2", "5Gi"),
+            worker=Size("300m", "768Mi", "2", "5Gi"),
             sidecar=Size("50m", "128Mi", "1", "1Gi"),
             slots=4,
             pull="Never",
