@@ -33,12 +33,15 @@ TWO_BY_TWO = ("-n", "2", "--dist", "loadfile")  # any other distribution scatter
 
 @dataclass(frozen=True)
 class Phase:
-    """One pytest process: what it runs, and whether it runs alone in a network of its own."""
+    """One pytest process: what it runs, whether it runs alone in a network of its own, and what is made
+    before where everything must run.
+    """
 
     name: str
     paths: tuple[str, ...]
     options: tuple[str, ...] = ()
     alone: bool = False
+    before: tuple[str, ...] = ()
 
 
 @dataclass
@@ -80,7 +83,7 @@ def phases(tier: str) -> list[Phase]:
     if tier == "bench":
         return [Phase(tier, (folder,), ("-s",), alone=True)]
     if tier == "cluster":
-        return [Phase(tier, (folder,))]  # makes its own namespaces
+        return [Phase(tier, (folder,), before=(sys.executable, "cluster/node", "build"))]
     return [Phase(tier, (folder,), alone=True)]
 
 
@@ -117,6 +120,8 @@ def run(phase: Phase, arguments: list[str], scratch: Path) -> Outcome:
     command += [*phase.options, *phase.paths, *arguments]
     isolated = private_network() if phase.alone else []
     began = time.monotonic()
+    if phase.before and os.environ.get("LABKIT_TEST_ALL") == "1":
+        subprocess.run(phase.before, cwd=ROOT)  # where it fails, the tests that need it say so
     status = subprocess.run([*isolated, *command], cwd=ROOT, env=environment(phase, scratch)).returncode
     outcome = read(results, status)
     outcome.seconds = time.monotonic() - began

@@ -97,7 +97,7 @@ class Node:
         self._until(self.answers, "apiserver")
         self._start_all("controller-manager", "scheduler", "proxy")
         clock.stage("API server")
-        self._until(lambda: bool(self.ctr("version", check=False)), "containerd")
+        self._until(lambda: bool(self.ctr("version")), "containerd")
         self._forget_containers()
         for image in sorted((self.folder / "images").glob("*.tar")):
             self.load_image(image)
@@ -376,15 +376,16 @@ class Node:
         return self.kubectl("get", "node", NODE_NAME, "-o", query, check=False)
 
     def _until(self, condition: Callable[[], bool], part: str) -> None:
+        """Ask again and again; a condition that raises is one that does not hold yet."""
         deadline = time.monotonic() + PATIENCE_S
-        while not condition():
-            if time.monotonic() > deadline:
-                log = self.run / f"{part}.log"
-                last = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-                raise RuntimeError(
-                    f"{part} is not ready after {PATIENCE_S:.0f} s; the end of {log}:\n{last}"
-                )
+        while time.monotonic() < deadline:
+            with suppress(RuntimeError):
+                if condition():
+                    return
             time.sleep(0.1)
+        log = self.run / f"{part}.log"
+        last = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+        raise RuntimeError(f"{part} is not ready after {PATIENCE_S:.0f} s; the end of {log}:\n{last}")
 
     def _pids(self, part: str) -> list[int]:
         """The running processes of a part, found by what they are, so that a crash hides none."""

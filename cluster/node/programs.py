@@ -6,6 +6,7 @@ goes on with the next program that is missing.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -75,11 +76,20 @@ IMAGES = {
 def build(node: Path, say: Callable[[str], None] = print) -> None:
     """Make ``node/bin``, ``node/images`` and ``node/share`` whole; done already, it takes no time.
 
-    Raises RuntimeError where Go is missing or too old, or a build fails.
+    A second call waits for the first. Raises RuntimeError where Go is missing or too old, or a build fails.
     """
+    node.mkdir(parents=True, exist_ok=True)
+    with (node / "building").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _build_all(node, say)
+
+
+def _build_all(node: Path, say: Callable[[str], None]) -> None:
     missing = [program for program in PROGRAMS if not _is_built(node, program)]
+    complete = node / "share" / "complete"
     if missing:
         go = _go()
+        complete.unlink(missing_ok=True)
         minutes = sum(program.cpu_minutes for program in missing)
         say(
             f"Building {len(missing)} of {len(PROGRAMS)} programs: about {minutes:.0f} CPU-minutes and 12 GB, once"
@@ -90,7 +100,7 @@ def build(node: Path, say: Callable[[str], None] = print) -> None:
             say(f"[{number}/{len(missing)}] {program.folder}: {', '.join(program.binaries)}")
             _build(go, node, program)
             say(f"[{number}/{len(missing)}] {program.folder}: {time.monotonic() - began:.0f} s")
-    if missing or not (node / "share" / "complete").exists():
+    if not complete.exists():
         _share(_go(), node)
         for image, (binary, inside, user) in IMAGES.items():
             write_image(
@@ -100,7 +110,7 @@ def build(node: Path, say: Callable[[str], None] = print) -> None:
                 inside,
                 user,
             )
-        (node / "share" / "complete").touch()
+        complete.touch()
     if (node / "go").exists():  # 11 GB that nothing needs any more
         subprocess.run([_go(), "clean", "-modcache"], env=_environment(node), check=True)
         shutil.rmtree(node / "go")
