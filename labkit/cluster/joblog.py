@@ -1,0 +1,78 @@
+"""What a RayJob prints, from wherever its way of submission leaves it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from labkit.cluster.conditions import describe
+
+if TYPE_CHECKING:
+    from labkit.cluster.kuberay import KubeRay
+
+POLL_S = 1.0
+STARTED = ("RUNNING", "SUCCEEDED", "FAILED", "STOPPED")
+ENDED = ("Complete", "Failed", "ValidationFailed")
+
+
+def job_output(ray: KubeRay, name: str, *, follow: bool, timeout: float) -> Iterator[str]:
+    """The job's output from Ray's own job API, whichever mode submitted it.
+
+    Raises KubeRayError when the job fails (with ``follow``) or its cluster is gone; TimeoutError.
+    """
+    from labkit.cluster.kuberay import KubeRayError, _passes
+
+    deadline, seen = time.monotonic() + timeout, 0
+    while True:
+        job = ray.get("RayJob", name)
+        status = job.get("status", {})
+        ended = status.get("jobDeploymentStatus") in ENDED or status.get("jobStatus") in STARTED[1:]
+        if status.get("jobStatus") in STARTED:
+            try:
+                text = _whole(ray, status["rayClusterName"], status["jobId"])
+                # Whole lines only, until there will be no more.
+                end = len(text) if ended else text.rfind("\n") + 1
+                if end > seen:
+                    yield text[seen:end]
+                    seen = end
+            except KubeRayError as error:
+                if ended and error.status == 404:
+                    raise KubeRayError(
+                        f"its Ray cluster is gone, and its output with it ({describe(job)})",
+                        kind="RayJob", name=name, namespace=ray.namespace, status=404,
+                    ) from None  # fmt: skip
+                if not _passes(error):
+                    raise
+        if not follow:
+            return
+        if ended:
+            ray.wait("RayJob", name, "Complete", timeout=max(10, deadline - time.monotonic()))
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"RayJob {name} has not ended after {timeout:.0f} s: {describe(job)}")
+        time.sleep(POLL_S)
+
+
+def _whole(ray: KubeRay, cluster: str, job: str) -> str:
+    """All that the job has printed so far. Asked for anew each time: a connection that is kept would be lost with the
+    API server, and a lab's output is short.
+    """
+    import httpx
+
+    from labkit.cluster.kuberay import KubeRayError
+
+    try:
+        with ray.dashboard(cluster) as dashboard:
+            answer = dashboard.get(f"/api/jobs/{job}/logs").raise_for_status()
+            return str(answer.json()["logs"])
+    except httpx.HTTPStatusError as error:
+        message, status = error.response.text.strip(), error.response.status_code
+        raise KubeRayError(
+            f"Ray answers {status}: {message[-300:]}", kind="RayJob", name=job, namespace=ray.namespace,
+            status=status,
+        ) from None  # fmt: skip
+    except httpx.HTTPError as error:
+        raise KubeRayError(
+            f"Ray's dashboard does not answer: {error}", kind="RayJob", name=job, namespace=ray.namespace
+        ) from error
