@@ -92,7 +92,7 @@ class KubeRay:
         """
         kind, name, namespace = self._identity(manifest)
         return self._call(
-            "server_side_apply", kind, name, namespace, body=dict(manifest), name=name, dry_run=_all(dry_run),
+            "server_side_apply", kind, name, namespace, body=dict(manifest), dry_run=_all(dry_run),
             force_conflicts=force or None, api_version=manifest.get("apiVersion"),
         )  # fmt: skip
 
@@ -115,14 +115,13 @@ class KubeRay:
             name,
             self.namespace,
             body=change,
-            name=name,
             content_type=content,
             manager=PATCHER,
         )
 
     def get(self, kind: str, name: str) -> Manifest:
         """The object. Raises KubeRayError, status 404, where there is none."""
-        return self._call("get", kind, name, self.namespace, name=name)
+        return self._call("get", kind, name, self.namespace)
 
     def exists(self, kind: str, name: str) -> bool:
         """Whether there is such an object."""
@@ -134,10 +133,20 @@ class KubeRay:
             return False
         return True
 
+    def knows(self, kind: str) -> bool:
+        """Whether the cluster has this kind of object: Ray's kinds come with the operator."""
+        try:
+            self._resource(kind)
+        except KubeRayError as error:
+            if error.reason != "NoSuchKind":
+                raise
+            return False
+        return True
+
     def list(self, kind: str, selector: str | None = None, *, everywhere: bool = False) -> Manifests:
         """All objects of a kind. selector: by label, ``ray.io/cluster=lab``; everywhere: in all namespaces."""
         namespace = None if everywhere else self.namespace
-        found = self._call("get", kind, selector or "", namespace, label_selector=selector)
+        found = self._call("get", kind, "", namespace, label_selector=selector)
         # Lists leave out what all their items have in common.
         common = {"apiVersion": found["apiVersion"], "kind": found["kind"].removesuffix("List")}
         return [{**common, **item} for item in found["items"]]
@@ -161,14 +170,14 @@ class KubeRay:
         Raises KubeRayError, status 404, where there is none; TimeoutError after ``timeout`` seconds.
         """
         namespace = self.namespace if kind != "Namespace" else None
-        uid = self._call("get", kind, name, namespace, name=name)["metadata"]["uid"]
+        uid = self._call("get", kind, name, namespace)["metadata"]["uid"]
         body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Foreground"}
-        self._call("delete", kind, name, namespace, name=name, body=body)
+        self._call("delete", kind, name, namespace, body=body)
         deadline = time.monotonic() + timeout
         left: Manifest = {}
         while wait:
             try:
-                left = self._call("get", kind, name, namespace, name=name)
+                left = self._call("get", kind, name, namespace)
             except KubeRayError as error:
                 if error.status == 404:
                     return
@@ -365,7 +374,7 @@ class KubeRay:
 
     def get_namespace(self) -> Manifest:
         """The namespace itself. Raises KubeRayError, status 404, where there is none."""
-        return self._call("get", "Namespace", self.namespace, None, name=self.namespace)
+        return self._call("get", "Namespace", self.namespace, None)
 
     def delete_namespace(self, *, wait: bool = True, timeout: float = 180) -> None:
         """Remove the namespace and all in it. Raises KubeRayError where it is not the lab's."""
@@ -427,6 +436,8 @@ class KubeRay:
         **params: Any,
     ) -> Manifest:
         resource = self._resource(kind, api_version)
+        if name and verb != "create":
+            params["name"] = name
         if verb in ("server_side_apply", "create", "patch"):
             params |= {"field_manager": manager, "query_params": [("fieldValidation", "Strict")]}
         with self._errors(kind, name, namespace if resource.namespaced and namespace else ""):
@@ -445,17 +456,20 @@ class KubeRay:
         import urllib3
         from kubernetes.client.exceptions import ApiException
 
-        known = {"kind": kind, "name": name, "namespace": namespace}
+        def failed(message: str, status: int, reason: str) -> KubeRayError:
+            return KubeRayError(
+                message, kind=kind, name=name, namespace=namespace, status=status, reason=reason
+            )
+
         try:
             yield
         except ApiException as error:
             reason, message = _explained(error)
             if error.status == 409 and "conflict with" in message:
                 message += "; somebody else set this: force (--force) takes it over"
-            raise KubeRayError(message, status=error.status or 0, reason=reason, **known) from None
+            raise failed(message, error.status or 0, reason) from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            message = f"{self.context.server} does not answer: {error}"
-            raise KubeRayError(message, reason="Unreachable", **known) from error
+            raise failed(f"{self.context.server} does not answer: {error}", 0, "Unreachable") from error
 
     def _pod_logs(
         self, name: str, follow: bool, container: str | None, tail: int | None, previous: bool
