@@ -40,24 +40,20 @@ DRAIN_S = 300.0
 # What is served
 
 
-def serve_config(deployments: Sequence[Deployment]) -> Manifest:
+def serve_config(deployments: Sequence[Deployment], *, workers: int = 1) -> Manifest:
     """The content of ``serveConfigV2``: what Ray Serve is to run.
 
-    Raises ValueError where there is none, or two share an alias.
+    workers: how many there are; replicas that can each have one of their own do.
+    Raises ValueError where there is no deployment, or two share an alias.
     """
     if not deployments:
         raise ValueError("nothing to serve: give at least one Deployment")
     distinct_names(deployment.name for deployment in deployments)
-    args = [deployment.model_dump(exclude_defaults=True) for deployment in deployments]
-    ingress = {
-        "name": INGRESS,
-        # As many as the busiest model has, so that the loss of one worker takes neither all models nor the way in.
-        "num_replicas": max(deployment.replicas for deployment in deployments),
-        "graceful_shutdown_timeout_s": DRAIN_S,
-        "ray_actor_options": {"num_cpus": 0.1},
-    }
+    # As many ways in as the busiest model has replicas: the loss of a worker takes neither all models nor the way in.
+    most = max(deployment.replicas for deployment in deployments)
+    ingress = {"name": INGRESS, "num_replicas": most, "ray_actor_options": {"num_cpus": 0.1}}
     models = [
-        {"name": serve_name(deployment.name), "graceful_shutdown_timeout_s": DRAIN_S}
+        {"name": serve_name(deployment.name), **_rollout(deployment.replicas, workers)}
         for deployment in deployments
     ]
     return {
@@ -70,11 +66,23 @@ def serve_config(deployments: Sequence[Deployment]) -> Manifest:
                 "name": APP_NAME,
                 "route_prefix": "/",
                 "import_path": "labkit.serving.app:build",
-                "args": {"deployments": args},
-                "deployments": [ingress, *models],
+                "args": {
+                    "deployments": [
+                        deployment.model_dump(exclude_defaults=True) for deployment in deployments
+                    ]
+                },
+                "deployments": [{**ingress, **_rollout(most, workers)}, *models],
             }
         ],
     }
+
+
+def _rollout(replicas: int, workers: int) -> Manifest:
+    """How replicas come and go. The application itself starts new ones first; where each has a worker of its own
+    there is no place for that, and they are replaced one at a time while the others answer.
+    """
+    apart = {"max_replicas_per_node": 1, "max_surge_percent": 0} if 1 < replicas <= workers else {}
+    return {"graceful_shutdown_timeout_s": DRAIN_S, **apart}
 
 
 # Ray on Kubernetes
@@ -98,6 +106,7 @@ def rayservice(
     Raises ValueError for names that KubeRay refuses.
     """
     profile = profile_named(profile)
+    workers = max(2, profile.workers) if redis else profile.workers
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayService",
@@ -106,10 +115,10 @@ def rayservice(
             "upgradeStrategy": {"type": "NewCluster"},
             "rayClusterDeletionDelaySeconds": profile.retire_s,
             "excludeHeadPodFromServeSvc": True,
-            "serveConfigV2": yaml.safe_dump(serve_config(deployments), sort_keys=False),
+            "serveConfigV2": yaml.safe_dump(serve_config(deployments, workers=workers), sort_keys=False),
             "rayClusterConfig": cluster_spec(
                 profile,
-                workers=max(2, profile.workers) if redis else profile.workers,
+                workers=workers,
                 serving=True,
                 redis=f"{name}-redis" if redis else None,
                 most_workers=most_workers,

@@ -194,19 +194,28 @@ def test_a_job_fits_beside_the_service_on_the_node() -> None:
 
 
 @pytest.mark.parametrize("profile", render.PROFILES)
-@pytest.mark.parametrize(("replicas", "redis"), [(1, False), (2, True)])
-def test_workers_have_room_for_the_old_and_the_new_replicas(
-    profile: str, replicas: int, redis: bool
-) -> None:
-    served = Deployment(checkpoint="tiny", threads=1, replicas=replicas)
-    spec = render.rayservice([served], profile, redis=redis)["spec"]
+def test_the_worker_has_room_for_the_old_and_the_new_replica(profile: str) -> None:
+    spec = render.rayservice([FP32], profile)["spec"]
     [group] = spec["rayClusterConfig"]["workerGroupSpecs"]
     [application] = yaml.safe_load(spec["serveConfigV2"])["applications"]
-    ingress = application["deployments"][0]
-    assert ingress["num_replicas"] == replicas
-    needed = replicas * served.threads + ingress["num_replicas"] * ingress["ray_actor_options"]["num_cpus"]
+    ingress, model = application["deployments"]
+    assert ingress["num_replicas"] == 1 and "max_surge_percent" not in model
+    needed = FP32.threads + ingress["ray_actor_options"]["num_cpus"]
     assert 2 * needed <= int(group["rayStartParams"]["num-cpus"]) * group["replicas"]
     assert spec["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_replicas_that_can_have_a_worker_each_do() -> None:
+    """A replica takes its node's only place, also while it ends: nothing can be started before it, there."""
+    twice = Deployment(checkpoint="tiny", replicas=2, threads=1)
+    spec = render.rayservice([twice], "node", redis=True)["spec"]
+    assert spec["rayClusterConfig"]["workerGroupSpecs"][0]["replicas"] == 2
+    for deployment in yaml.safe_load(spec["serveConfigV2"])["applications"][0]["deployments"]:
+        assert (deployment["max_replicas_per_node"], deployment["max_surge_percent"]) == (1, 0)
+    for workers, replicas in [(1, 2), (2, 3), (2, 1)]:
+        served = [Deployment(checkpoint="tiny", replicas=replicas)]
+        for deployment in render.serve_config(served, workers=workers)["applications"][0]["deployments"]:
+            assert "max_replicas_per_node" not in deployment and "max_surge_percent" not in deployment
 
 
 def test_the_object_store_fits_shared_memory() -> None:
