@@ -6,10 +6,12 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from labkit.cluster.kuberay import KubeRay
 from labkit.settings import settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,18 +33,27 @@ def node() -> Iterator[Node]:
         found.down()
 
 
+@contextmanager
+def fresh_namespace(node: Node) -> Iterator[str]:
+    """The lab's own label and the strictest pod security; gone afterwards, with all that is in it."""
+    ray = KubeRay(namespace=f"test-{secrets.token_hex(3)}")
+    ray.ensure_namespace()
+    yield ray.namespace
+    ray.delete_namespace()
+
+
 @pytest.fixture
 def namespace(node: Node) -> Iterator[str]:
-    """A namespace of this test's own, under the strictest pod security, gone afterwards."""
-    name = f"test-{secrets.token_hex(3)}"
-    labels = [
-        "app.kubernetes.io/part-of=bits-to-pods",
-        "pod-security.kubernetes.io/enforce=restricted",
-    ]
-    node.kubectl("create", "namespace", name)
-    node.kubectl("label", "namespace", name, *labels)
-    yield name
-    node.kubectl("delete", "namespace", name, "--wait=true", "--timeout=120s")
+    """A namespace of this test's own."""
+    with fresh_namespace(node) as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
+def module_namespace(node: Node) -> Iterator[str]:
+    """A namespace that the tests of one file share."""
+    with fresh_namespace(node) as name:
+        yield name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
