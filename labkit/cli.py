@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from labkit.cluster.commands import app as cluster
 from labkit.course.commands import app as course
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(course, name="course")
+app.add_typer(cluster, name="cluster")
 models_app = typer.Typer(
     help="The models: which there are, fetching and training them.", no_args_is_help=True
 )

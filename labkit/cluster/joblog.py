@@ -76,3 +76,43 @@ def _whole(ray: KubeRay, cluster: str, job: str) -> str:
         raise KubeRayError(
             f"Ray's dashboard does not answer: {error}", kind="RayJob", name=job, namespace=ray.namespace
         ) from error
+
+
+def replica_output(ray: KubeRay, service: str, *, lines: int) -> Iterator[str]:
+    """The last lines of each replica of a RayService, from the files that Ray keeps on its nodes.
+
+    Raises KubeRayError where it has no Ray cluster that answers.
+    """
+    import httpx
+
+    from labkit.cluster.kuberay import KubeRayError
+
+    status = ray.get("RayService", service).get("status", {})
+    clusters = [
+        status.get(which, {}).get("rayClusterName")
+        for which in ("activeServiceStatus", "pendingServiceStatus")
+    ]
+    for cluster in filter(None, clusters):
+        try:
+            with ray.dashboard(cluster) as dashboard:
+                applications = (
+                    dashboard.get("/api/serve/applications/").raise_for_status().json()["applications"]
+                )
+                for application in applications.values():
+                    for deployment, state in application["deployments"].items():
+                        for replica in state["replicas"]:
+                            wanted = {
+                                "node_id": replica["node_id"],
+                                "filename": replica["log_file_path"].lstrip("/"),
+                                "lines": lines,
+                            }
+                            text = dashboard.get("/api/v0/logs/file", params=wanted).raise_for_status().text
+                            yield f"== {cluster}: {deployment} {replica['replica_id']} ({replica['state']})\n"
+                            yield text if text.endswith("\n") else f"{text}\n"
+        except httpx.HTTPError as error:
+            raise KubeRayError(
+                f"Ray does not give its logs: {error}",
+                kind="RayCluster",
+                name=cluster,
+                namespace=ray.namespace,
+            ) from error

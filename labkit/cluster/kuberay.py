@@ -158,7 +158,7 @@ class KubeRay:
         seconds.
         """
         resource = self._resource(kind)
-        with self._errors(kind, name or selector or "", self.namespace):
+        with self.errors(kind, name or selector or "", self.namespace):
             for event in self._dynamic.watch(
                 resource, namespace=self.namespace, name=name, label_selector=selector, timeout=timeout
             ):
@@ -407,7 +407,7 @@ class KubeRay:
         from kubernetes.dynamic.exceptions import ResourceNotFoundError
 
         version = api_version or API.get(kind, "v1")
-        with self._errors(kind, "", ""):
+        with self.errors(kind, "", ""):
             if self._dynamic is None:
                 # Its default cache is a file that all users of the machine share. This path cannot be one.
                 self._dynamic = DynamicClient(self.client, cache_file=os.path.join(os.devnull, "none"))
@@ -440,7 +440,7 @@ class KubeRay:
             params["name"] = name
         if verb in ("server_side_apply", "create", "patch"):
             params |= {"field_manager": manager, "query_params": [("fieldValidation", "Strict")]}
-        with self._errors(kind, name, namespace if resource.namespaced and namespace else ""):
+        with self.errors(kind, name, (namespace or "") if resource.namespaced else ""):
             response = getattr(self._dynamic, verb)(
                 resource,
                 namespace=namespace if resource.namespaced else None,
@@ -451,14 +451,16 @@ class KubeRay:
             return dict(json.loads(response.data))
 
     @contextmanager
-    def _errors(self, kind: str, name: str, namespace: str) -> Iterator[None]:
-        """What the libraries raise, as KubeRayError."""
+    def errors(self, kind: str, name: str, namespace: str | None = None) -> Iterator[None]:
+        """What the libraries raise, as KubeRayError about this object. namespace: None = this client's."""
         import urllib3
         from kubernetes.client.exceptions import ApiException
 
+        where = self.namespace if namespace is None else namespace
+
         def failed(message: str, status: int, reason: str) -> KubeRayError:
             return KubeRayError(
-                message, kind=kind, name=name, namespace=namespace, status=status, reason=reason
+                message, kind=kind, name=name, namespace=where, status=status, reason=reason
             )
 
         try:
@@ -477,7 +479,7 @@ class KubeRay:
         wanted = {"follow": follow, "container": container, "tailLines": tail, "previous": previous}
         query = [(key, str(value).lower()) for key, value in wanted.items() if value]
         path = f"/api/v1/namespaces/{self.namespace}/pods/{name}/log"
-        with self._errors("Pod", name, self.namespace):
+        with self.errors("Pod", name, self.namespace):
             request = self.client.param_serialize(
                 "GET", path, query_params=query, auth_settings=["BearerToken"]
             )

@@ -33,14 +33,21 @@ def gather(ray: KubeRay) -> Manifest:
         "on_node": ray.context.is_node,
         "namespace": ray.namespace,
         "now": datetime.now(UTC).isoformat(),
-        "installed": ray.knows("RayService"),
-        "operator": _seen(ray, "Pod", OPERATOR, everywhere=True),
+        **operator(ray),
         "objects": objects,
         "ray": {
             cluster["metadata"]["name"]: _ask_ray(ray, cluster["metadata"]["name"])
             for cluster in objects["RayCluster"]
             if diagnose.condition(cluster, "HeadPodReady").get("status") == "True"
         },
+    }
+
+
+def operator(ray: KubeRay) -> Manifest:
+    """The part of the picture that is about the operator: whether Ray's kinds are known, and its pods."""
+    return {
+        "installed": ray.knows("RayService"),
+        "operator": _seen(ray, "Pod", OPERATOR, everywhere=True),
     }
 
 
