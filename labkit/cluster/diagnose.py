@@ -118,7 +118,7 @@ def _container(what: str, manifest: Manifest, status: Manifest) -> Iterator[Line
             what,
             f"container {status['name']} ends again and again ({status.get('restartCount', 0)} restarts), last "
             f"with exit code {last.get('exitCode', '?')}",
-            f"read what it said: {_logs(manifest)[5:]} --previous",
+            _logs(manifest, " --previous"),
         )
     elif reason in ("CreateContainerConfigError", "CreateContainerError", "RunContainerError"):
         yield Line("problem", what, f"container {status['name']} cannot be made: {message or reason}")
@@ -254,8 +254,8 @@ def _last_exit(manifest: Manifest) -> str:
     return "no reason given"
 
 
-def _logs(manifest: Manifest) -> str:
-    return f"read `labkit cluster logs {manifest['metadata']['name']}`"
+def _logs(manifest: Manifest, options: str = "") -> str:
+    return f"read `labkit cluster logs {manifest['metadata']['name']}{options}`"
 
 
 def _line(text: str) -> str:

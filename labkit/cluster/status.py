@@ -69,10 +69,13 @@ def judge(picture: Manifest) -> list[Line]:
             lines.append(line)
     serving = any(_is_ready(each) for each in objects["RayService"])
     for each in objects["Pod"]:
-        for line in diagnose.pod(each, _events(picture, each), now):
-            # A worker without a replica is not ready, which is right where another one answers.
-            if not (serving and line.state == "wait" and "readiness probe" in line.found):
-                lines.append(line)
+        # A worker without a replica is not ready, which is right where another one answers.
+        idle = serving and each["metadata"].get("labels", {}).get("ray.io/node-type") == "worker"
+        lines += [
+            line
+            for line in diagnose.pod(each, _events(picture, each), now)
+            if not (idle and "readiness probe" in line.found)
+        ]
     return lines
 
 
