@@ -1,4 +1,4 @@
-"""Read a container image where it lies: a folder or tar file in the layout of the Open Container Initiative.
+"""A container image without its tools: a folder or tar file in the layout of the Open Container Initiative.
 
     image = open_image("image.tar")
     image.config["config"]["User"], [layer.bytes for layer in image.layers]
@@ -12,13 +12,14 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
+MEDIA = "application/vnd.oci.image"
 NAME = "org.opencontainers.image.ref.name"
 
 
@@ -99,9 +100,61 @@ def open_image(path: Path | str, name: str | None = None) -> Image:
     return Image(path, digest, config, layers)
 
 
+def archive(layers: Sequence[Mapping[str, bytes]], *, made_by: Sequence[str] = ()) -> bytes:
+    """A small image as a tar file: each layer is path to content. The same bytes each time.
+
+    made_by  the history, one entry a layer; default: "layer 0", "layer 1", ...
+    """
+    made_by = made_by or [f"layer {number}" for number in range(len(layers))]
+    tars = [_tar(layer) for layer in layers]
+    config = _as_json(
+        {
+            "architecture": "amd64",
+            "os": "linux",
+            "config": {"User": "10001:10001"},
+            "rootfs": {"type": "layers", "diff_ids": [digest_of(tar) for tar in tars]},
+            "history": [{"created_by": how} for how in made_by],
+        }
+    )
+    manifest = _as_json(
+        {
+            "schemaVersion": 2,
+            "mediaType": f"{MEDIA}.manifest.v1+json",
+            "config": _descriptor("config.v1+json", config),
+            "layers": [_descriptor("layer.v1.tar", tar) for tar in tars],
+        }
+    )
+    index = {"schemaVersion": 2, "manifests": [_descriptor("manifest.v1+json", manifest)]}
+    blobs = {f"blobs/sha256/{digest_of(blob)[7:]}": blob for blob in (*tars, config, manifest)}
+    return _tar({"oci-layout": b'{"imageLayoutVersion":"1.0.0"}', "index.json": _as_json(index), **blobs})
+
+
+def digest_of(blob: bytes) -> str:
+    """The name of a blob: ``sha256:`` and 64 digits."""
+    return f"sha256:{hashlib.sha256(blob).hexdigest()}"
+
+
 def damaged(image: Image) -> list[str]:
     """The digests of the layers whose bytes are not what the manifest says."""
     return [layer.digest for layer in image.layers if _digest(image.path, layer.digest) != layer.digest]
+
+
+def _tar(files: Mapping[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def _as_json(data: Any) -> bytes:
+    return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _descriptor(kind: str, blob: bytes) -> dict[str, Any]:
+    return {"mediaType": f"{MEDIA}.{kind}", "digest": digest_of(blob), "size": len(blob)}
 
 
 def _digest(path: Path, digest: str) -> str:
@@ -115,7 +168,7 @@ def _digest(path: Path, digest: str) -> str:
 def _json(path: Path, digest: str) -> dict[str, Any]:
     with _blob(path, digest) as blob:
         data = blob.read()
-    if f"sha256:{hashlib.sha256(data).hexdigest()}" != digest:
+    if digest_of(data) != digest:
         raise ValueError(f"the blob {digest[:19]}… of {path} is damaged: its bytes have another digest")
     found: dict[str, Any] = json.loads(data)
     return found
@@ -136,8 +189,9 @@ def _open(path: Path, name: str) -> Iterator[IO[bytes]]:
         return
     with tarfile.open(path) as tar:
         held = tar.extractfile(name)
-        assert held is not None
-        yield io.BufferedReader(held)  # type: ignore[arg-type]
+        if held is None:
+            raise KeyError(f"{name} is no file")
+        yield held
 
 
 def _plain(name: str) -> str:
