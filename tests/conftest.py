@@ -41,6 +41,12 @@ def _test_node() -> bool:
     return os.geteuid() == 0 and (settings().node / "share" / "complete").exists()
 
 
+def _server_image() -> bool:
+    from labkit.settings import settings
+
+    return (settings().node / "images" / "oci" / "index.json").exists()
+
+
 # name: (is it there?, what to do where it is not)
 PARTS: dict[str, tuple[Callable[[], bool], str]] = {
     "bundled model": (_bundled_model, "run `labkit models fetch`"),
@@ -49,6 +55,7 @@ PARTS: dict[str, tuple[Callable[[], bool], str]] = {
     "make": (_command("make"), "install make"),
     "linux": (lambda: os.path.isdir("/proc/self"), "run it on Linux"),
     "test node": (_test_node, "run `make node` as root, once"),
+    "server image": (_server_image, "run `make image` as root"),
     "network namespace": (_private_network, f"{PACKAGES}, and run as root or allow user namespaces"),
 }
 

@@ -41,7 +41,7 @@ class Phase:
     paths: tuple[str, ...]
     options: tuple[str, ...] = ()
     alone: bool = False
-    before: tuple[str, ...] = ()
+    before: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass
@@ -83,7 +83,9 @@ def phases(tier: str) -> list[Phase]:
     if tier == "bench":
         return [Phase(tier, (folder,), ("-s",), alone=True)]
     if tier == "cluster":
-        return [Phase(tier, (folder,), before=(sys.executable, "cluster/node", "build"))]
+        node = (sys.executable, "cluster/node", "build")
+        image = (sys.executable, "cluster/images/build.py")
+        return [Phase(tier, (folder,), before=(node, image))]
     return [Phase(tier, (folder,), alone=True)]
 
 
@@ -120,8 +122,8 @@ def run(phase: Phase, arguments: list[str], scratch: Path) -> Outcome:
     command += [*phase.options, *phase.paths, *arguments]
     isolated = private_network() if phase.alone else []
     began = time.monotonic()
-    if phase.before and os.environ.get("LABKIT_TEST_ALL") == "1":
-        subprocess.run(phase.before, cwd=ROOT)  # where it fails, the tests that need it say so
+    for preparation in phase.before if os.environ.get("LABKIT_TEST_ALL") == "1" else ():
+        subprocess.run(preparation, cwd=ROOT)  # where it fails, the tests that need it say so
     status = subprocess.run([*isolated, *command], cwd=ROOT, env=environment(phase, scratch)).returncode
     outcome = read(results, status)
     outcome.seconds = time.monotonic() - began

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import certificates
+import images
 import programs
 
 HERE = Path(__file__).resolve().parent
@@ -99,8 +100,9 @@ class Node:
         clock.stage("API server")
         self._until(lambda: bool(self.ctr("version")), "containerd")
         self._forget_containers()
-        for image in sorted((self.folder / "images").glob("*.tar")):
-            self.load_image(image)
+        for image in (*sorted((self.folder / "images").glob("*.tar")), self.folder / "images" / "oci"):
+            if image.exists():
+                self.load_image(image)
         clock.stage("images")
         self.start_part("kubelet")
         self.kubectl("apply", "--server-side", "-f", str(HERE / "config" / "addons.yaml"))
@@ -185,21 +187,40 @@ class Node:
         """The command as it runs inside the node's network, where pods and services have addresses."""
         return ["nsenter", f"--net=/run/netns/{NETWORK}", "--", *command]
 
-    def load_image(self, tar: Path) -> None:
-        """Give containerd the images of a docker or OCI archive; what it has already is not copied again."""
+    def load_image(self, image: Path) -> None:
+        """Give containerd the images of an archive or of a folder in OCI's layout; what it has already is not
+        copied again.
+        """
+        if image.is_dir():
+            return self._load_layout(image)
         stamp = self.folder / "containerd" / "loaded.json"
         loaded = json.loads(stamp.read_text()) if stamp.exists() else {}
-        state = [tar.stat().st_size, tar.stat().st_mtime_ns]
-        if loaded.get(str(tar)) != state:
-            self.ctr("images", "import", "--local", str(tar))
-            stamp.write_text(json.dumps({**loaded, str(tar): state}))
+        state = [image.stat().st_size, image.stat().st_mtime_ns]
+        if loaded.get(str(image)) != state:
+            self.ctr("images", "import", "--local", str(image))
+            stamp.write_text(json.dumps({**loaded, str(image): state}))
+
+    def _load_layout(self, layout: Path) -> None:
+        have = self.ctr("content", "list", "--quiet").split()
+        command = self._ctr_command("images", "import", "--local", "-")
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE) as ctr:  # fmt: skip
+            assert ctr.stdin is not None and ctr.stderr is not None
+            with suppress(BrokenPipeError), ctr.stdin:  # where it ended early, its own words say why
+                images.pack(layout, have, ctr.stdin)
+            words = ctr.stderr.read().decode(errors="replace").strip()
+        if ctr.returncode != 0:
+            raise RuntimeError(f"containerd refused {layout}: {words[-500:]}")
 
     def ctr(self, *arguments: str, check: bool = True) -> str:
         """containerd's own command, in the namespace that kubelet uses."""
+        return _call(*self._ctr_command(*arguments), check=check)
+
+    def _ctr_command(self, *arguments: str) -> list[str]:
         holder = next(iter(self._pids("mounts")), 0)
         enter = ["nsenter", f"--target={holder}", "--mount", "--"] if holder else []
         command = [str(self.bin / "ctr"), "-a", str(self.run / "containerd.sock"), "-n", "k8s.io"]
-        return _call(*enter, *command, *arguments, check=check)
+        return [*enter, *command, *arguments]
 
     def kubectl(self, *arguments: str, check: bool = True) -> str:
         """What kubectl prints, as administrator. Raises RuntimeError with its message where it fails."""

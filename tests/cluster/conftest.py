@@ -33,6 +33,13 @@ def node() -> Iterator[Node]:
         found.down()
 
 
+@pytest.fixture(scope="session")
+def image(node: Node) -> str:
+    """The model server's image, as it was built last, in the node."""
+    node.load_image(node.folder / "images" / "oci")
+    return "bits-to-pods/server:dev"
+
+
 @contextmanager
 def fresh_namespace(node: Node) -> Iterator[str]:
     """The lab's own label and the strictest pod security; gone afterwards, with all that is in it."""
@@ -57,7 +64,8 @@ def module_namespace(node: Node) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever asks for the node needs it built."""
+    """Whatever asks for the node needs it built, and so does the image."""
     for item in items:
-        if "node" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.needs("test node"))
+        for fixture, part in (("node", "test node"), ("image", "server image")):
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.needs(part))
