@@ -238,7 +238,7 @@ def _role_binding(manifest: Manifest) -> Iterator[Violation]:
         elif subject["kind"] == "ServiceAccount":
             if wrong := names.dns_subdomain(subject["name"]):
                 yield (*at, "name"), wrong
-            if not subject.get("namespace"):
+            if not subject.get("namespace") and manifest["kind"] == "ClusterRoleBinding":
                 yield (*at, "namespace"), MISSING
 
 
@@ -249,6 +249,8 @@ def _ingress(manifest: Manifest) -> Iterator[Violation]:
     if "ingressClassName" in spec and (wrong := names.dns_subdomain(spec["ingressClassName"])):
         yield ("spec", "ingressClassName"), wrong
     for i, rule in enumerate(spec.get("rules", [])):
+        if "http" in rule and not rule["http"]["paths"]:
+            yield ("spec", "rules", i, "http", "paths"), "expected at least one path"
         for j, found in enumerate(rule.get("http", {}).get("paths", [])):
             at = ("spec", "rules", i, "http", "paths", j)
             kind, route = found["pathType"], found.get("path", "")

@@ -12,13 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
-import yaml
 from kubernetes.client import ApiClient
 
 PART_OF = {"app.kubernetes.io/part-of": "bits-to-pods"}
-APPLY = "application/apply-patch+yaml"
 PATIENCE_S = 60  # for the operator's word on an object
 
 
@@ -69,18 +66,17 @@ class Referee:
         middle = f"/namespaces/{namespace}" if resource["namespaced"] else ""
         return f"{root}{middle}/{resource['name']}"
 
-    def apply(
-        self, manifest: dict[str, Any], namespace: str, name: str, dry_run: bool = True
-    ) -> Ruling | None:
-        """The API server's ruling on a server-side apply with strict fields; None for a kind it does not know."""
+    def create(self, manifest: dict[str, Any], namespace: str, dry_run: bool = True) -> Ruling | None:
+        """The API server's ruling on making an object, with strict fields; None for a kind it does not know."""
         place = self.place(manifest, namespace)
         if place is None:
             return None
-        query = {"fieldManager": "labkit", "fieldValidation": "Strict", "force": "true"}
-        if dry_run:
-            query["dryRun"] = "All"
-        text = yaml.safe_dump(manifest, sort_keys=False)
-        status, answer = self.call("PATCH", f"{place}/{quote(name, safe='')}", text, APPLY, **query)
+        query = {
+            "fieldManager": "labkit",
+            "fieldValidation": "Strict",
+            **({"dryRun": "All"} if dry_run else {}),
+        }
+        status, answer = self.call("POST", place, manifest, **query)
         return Ruling(
             status < 300, "API server", "" if status < 300 else answer.get("message", str(answer))
         )

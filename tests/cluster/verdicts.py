@@ -78,14 +78,14 @@ def judged(objects: list[Mutant], context: Context) -> list[Case]:
         for found in objects:
             name = str((found.manifest.get("metadata") or {}).get("name") or "unnamed")
             key = (found.manifest["kind"], name)
-            places.append((f"{prefix}-{seen[key]}", name))
+            places.append(f"{prefix}-{seen[key]}")
             seen[key] += 1
-        for namespace in sorted({namespace for namespace, _ in places}):
+        for namespace in sorted(set(places)):
             stack.enter_context(referee.namespace(namespace))
-        for (namespace, name), found in zip(places, objects, strict=True):
-            ruling = referee.apply(found.manifest, namespace, name)
+        for namespace, found in zip(places, objects, strict=True):
+            ruling = referee.create(found.manifest, namespace)
             if ruling and ruling.accepted and found.manifest["kind"] in RAY_KINDS:
-                real = referee.apply(found.manifest, namespace, name, dry_run=False)
+                real = referee.create(found.manifest, namespace, dry_run=False)
                 assert real and real.accepted, f"accepted dry, refused wet: {found} {real}"
                 applied.append((len(rulings), namespace, found.manifest))
             rulings.append(ruling)
@@ -166,7 +166,7 @@ def main() -> None:
             },
         },
         "cluster": {
-            "referee": "server-side apply, dryRun=All, fieldValidation=Strict; then the operator's Invalid events, "
+            "referee": "create, dryRun=All, fieldValidation=Strict; then the operator's Invalid events, "
             "in namespaces with a quota of no pods",
             "seed": SEED,
             "mutants": len(cases),
