@@ -1,9 +1,9 @@
 """Carry connections from one network namespace into another.
 
-    python forward.py DESCRIPTOR HOST PORT
+    python forward.py DESCRIPTOR HOST PORT OWNER
 
 DESCRIPTOR is a listening socket that was opened outside: a socket stays in the network it was made in, so
-whoever holds it accepts there and connects here.
+whoever holds it accepts there and connects here. OWNER, the node's folder, is there for its owner to know it by.
 """
 
 from __future__ import annotations
@@ -41,5 +41,5 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 if __name__ == "__main__":
-    descriptor, host, port = sys.argv[1:]
+    descriptor, host, port, _ = sys.argv[1:]
     asyncio.run(forward(socket.socket(fileno=int(descriptor)), host, int(port)))

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import IO
 
 REFERENCE = "org.opencontainers.image.ref.name"
-NAME = (
-    "io.containerd.image.name"  # what containerd goes by; else it would put a prefix before the reference
-)
+NAME = "io.containerd.image.name"  # what containerd goes by; else it puts a prefix before the reference
 
 
 def pack(layout: Path, have: Container[str], out: IO[bytes]) -> None:
@@ -21,6 +19,8 @@ def pack(layout: Path, have: Container[str], out: IO[bytes]) -> None:
     have  digests, such as ``sha256:…``, of the blobs to leave out
     """
     index = json.loads((layout / "index.json").read_text())
+    # What lost its name to a newer image lies there until the builder removes it.
+    index["manifests"] = [e for e in index["manifests"] if REFERENCE in e.get("annotations", {})]
     for entry in index["manifests"]:
         entry["annotations"][NAME] = entry["annotations"][REFERENCE]
     with tarfile.open(fileobj=out, mode="w|", bufsize=1 << 20) as tar:

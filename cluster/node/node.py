@@ -29,7 +29,7 @@ import programs
 HERE = Path(__file__).resolve().parent
 CONTEXT = "bits-to-pods-node"
 NETWORK = "bits-to-pods"  # the network namespace
-CGROUP = "bits-to-pods"
+CGROUP = "k8s.io"  # where containerd puts pods that kubelet gives no cgroup: its namespace's name
 NODE_NAME = "lab"
 ADDRESS = "192.0.2.2"  # RFC 5737: an address for documentation, nobody's
 SERVICES = "10.96.0.0/16"
@@ -96,7 +96,7 @@ class Node:
         self._start_all("etcd", "apiserver", "mounts", "containerd")
         self._start_forwarder()
         self._until(self.answers, "apiserver")
-        self._start_all("controller-manager", "scheduler", "proxy")
+        self._start_all("controller-manager", "scheduler")
         clock.stage("API server")
         self._until(lambda: bool(self.ctr("version")), "containerd")
         self._forget_containers()
@@ -105,10 +105,13 @@ class Node:
                 self.load_image(image)
         clock.stage("images")
         self.start_part("kubelet")
+        self._until(lambda: bool(self._node("{.status.addresses}")), "kubelet")
+        self.start_part("proxy")  # it ends itself when the node gets an address
         self.kubectl("apply", "--server-side", "-f", str(HERE / "config" / "addons.yaml"))
         self.kubectl("apply", "--server-side", "-k", str(self.folder / "share" / "kuberay"))
         self._apply_volumes()
-        self._until(lambda: "True" in self._node_ready(), "kubelet")
+        ready = '{.status.conditions[?(@.type=="Ready")].status}'
+        self._until(lambda: self._node(ready) == "True", "kubelet")
         clock.stage("node ready")
         for what, (namespace, name) in WORKLOADS.items():
             self.kubectl(
@@ -273,7 +276,7 @@ class Node:
                   for kind in ("", "authentication-", "authorization-")),
                 "--bind-address=127.0.0.1", f"--service-account-private-key-file={pki}/sa.key",
                 f"--root-ca-file={pki}/ca.crt", "--use-service-account-credentials=true",
-                f"--cluster-signing-cert-file={pki}/ca.crt", f"--cluster-signing-key-file={pki}/ca.key",
+               
                 "--leader-elect=false", "--allocate-node-cidrs=true", f"--cluster-cidr={PODS}",
                 f"--service-cluster-ip-range={SERVICES}",
             ),
@@ -392,9 +395,9 @@ class Node:
         path.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
         self.kubectl("apply", "--server-side", "-f", str(path))
 
-    def _node_ready(self) -> str:
-        query = 'jsonpath={.status.conditions[?(@.type=="Ready")].status}'
-        return self.kubectl("get", "node", NODE_NAME, "-o", query, check=False)
+    def _node(self, path: str) -> str:
+        """A field of the Node object, empty where there is none yet."""
+        return self.kubectl("get", "node", NODE_NAME, "-o", f"jsonpath={path}", check=False)
 
     def _until(self, condition: Callable[[], bool], part: str) -> None:
         """Ask again and again; a condition that raises is one that does not hold yet."""
@@ -411,8 +414,14 @@ class Node:
     def _pids(self, part: str) -> list[int]:
         """The running processes of a part, found by what they are, so that a crash hides none."""
         if part == "tasks":
-            return sorted({pid for group in _cgroups() for pid in _members(group)})
+            return sorted({pid for group in _cgroups() for pid in _members(group) if self._is_in_pod(pid)})
         return [pid for pid, words in _processes() if self._is(part, words)]
+
+    def _is_in_pod(self, pid: int) -> bool:
+        """Whether its file system is one of this node's: another containerd may use a cgroup of that name."""
+        with suppress(OSError):
+            return f"{self.folder}/containerd/" in Path(f"/proc/{pid}/mountinfo").read_text()
+        return False
 
     def _is(self, part: str, words: list[str]) -> bool:
         if part == "forwarder":
@@ -466,7 +475,7 @@ def _mounted_sysctl(pid: int) -> bool:
 
 
 def _cgroups() -> list[Path]:
-    """The node's cgroups in every hierarchy, the innermost first."""
+    """The cgroups of pods in every hierarchy, the innermost first."""
     roots = [root / CGROUP for root in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir())]
     found = [path for root in roots if root.is_dir() for path in (root, *root.rglob("*")) if path.is_dir()]
     return sorted(found, key=lambda path: -len(path.parts))
@@ -479,13 +488,14 @@ def _members(group: Path) -> list[int]:
 
 
 def _remove_cgroups() -> None:
+    """Those that nobody is in; the kernel lets go of one a moment after its last process has ended."""
     deadline = time.monotonic() + 10
-    while groups := _cgroups():
+    while groups := [group for group in _cgroups() if not _members(group)]:
         for group in groups:
-            with suppress(OSError):  # busy until the kernel has let go of the last process
+            with suppress(OSError):
                 group.rmdir()
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{groups[0]} cannot be removed: a process is in it still")
+            return
         time.sleep(0.05)
 
 
