@@ -27,7 +27,7 @@ FILES = {
 WHY = {
     "pod-security.kubernetes.io/enforce:": "Pods that could become root or leave their container are not admitted.",
     "kind: ServiceAccount": "The account of all Ray pods. It may do nothing.",
-    "kind: Role": "For a person: see everything but secrets, change what Ray runs, forward a port.",
+    "kind: Role": "For a person: see what runs and why, change what Ray runs, forward a port (by WebSocket: get).",
     "automountServiceAccountToken:": "Nothing in these pods has to talk to the API server.",
     "accessModes:": "Pods of several nodes read it, and a job writes it.",
     "upgradeStrategy:": "A change below rayClusterConfig makes a second Ray cluster and moves the service there\n"

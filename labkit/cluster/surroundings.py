@@ -49,7 +49,7 @@ def surroundings(profile: str | Profile = "base", *, namespace: str = NAMESPACE)
                 _rule("", ["pods", "pods/log", "services", "events", "persistentvolumeclaims"], LOOK),
                 _rule("batch", ["jobs"], LOOK),
                 _rule("", ["pods"], ["delete"]),
-                _rule("", ["pods/portforward"], ["create"]),
+                _rule("", ["pods/portforward"], ["get", "create"]),
             ],
         },
         {

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 import pytest
 import yaml
 from node import Node
@@ -21,6 +24,7 @@ FOLDERS = {
     **{name: CLUSTER / "overlays" / name for name in ("node", "kind", "gpu")},
 }
 JOBS: dict[str, Literal["HTTPMode", "K8sJobMode"]] = {"by-operator": "HTTPMode", "by-pod": "K8sJobMode"}
+PERSON = ["--as", "jo", "--as-group", "bits-to-pods-operators"]
 TINY = Deployment(checkpoint="tiny", name="lab@fp32", threads=1)
 
 
@@ -115,30 +119,29 @@ def test_a_misspelt_field_would_have_been_refused(node: Node, namespace: str) ->
 def test_the_operator_may_what_the_role_says_and_the_pods_may_nothing(node: Node, namespace: str) -> None:
     documents = render.surroundings("node", namespace=namespace)
     kubectl("apply", "--server-side", "-f", "-", given=moved(documents, namespace))
-    person = ["--as", "jo", "--as-group", "bits-to-pods-operators", "-n", namespace]
+    person = [*PERSON, "-n", namespace]
     pods = ["--as", f"system:serviceaccount:{namespace}:ray", "-n", namespace]
     for verb, what in [
         ("create", "rayjobs.ray.io"),
         ("patch", "rayservices.ray.io"),
         ("delete", "rayclusters.ray.io"),
-        ("get", "pods/log"),
-        ("create", "pods/portforward"),
+        ("get", "pods --subresource=log"),
+        ("create", "pods --subresource=portforward"),
         ("delete", "pods"),
         ("list", "events"),
     ]:
-        assert kubectl("auth", "can-i", verb, what, *person) == "yes\n", (verb, what)
-        assert "no" in refused(verb, what, *pods)
+        assert kubectl("auth", "can-i", verb, *what.split(), *person) == "yes\n", (verb, what)
+        assert "no" in refused(verb, *what.split(), *pods)
     for verb, what in [
         ("get", "secrets"),
         ("create", "pods"),
-        ("create", "pods/exec"),
+        ("create", "pods --subresource=exec"),
         ("patch", "roles.rbac.authorization.k8s.io"),
         ("delete", "namespaces"),
         ("patch", "serviceaccounts"),
     ]:
-        assert "no" in refused(verb, what, *person), (verb, what)
-    elsewhere = ["--as", "jo", "--as-group", "bits-to-pods-operators", "-n", "default"]
-    assert "no" in refused("list", "pods", *elsewhere)
+        assert "no" in refused(verb, *what.split(), *person), (verb, what)
+    assert "no" in refused("list", "pods", *PERSON, "-n", "default")
 
 
 def refused(*words: str) -> str:
@@ -155,17 +158,9 @@ def test_the_overlay_serves(node: Node, namespace: str, image: str) -> None:
     kubectl("apply", "--server-side", "-f", "-", given=moved(documents, namespace))
     wait = ["--for=condition=Ready", "--timeout=300s", "-n", namespace]
     kubectl("wait", "rayservice/lab", *wait)
-    ask = json.dumps({"model": "lab", "prompt": "Call me", "max_tokens": 4})
-    answer = json.loads(
-        kubectl(
-            "create",
-            "--raw",
-            through(namespace, "lab-serve-svc", 8000, "v1/completions"),
-            "-f",
-            "-",
-            given=ask,
-        )
-    )
+    ask = {"model": "lab", "prompt": "Call me", "max_tokens": 4}
+    with forwarded(namespace, "service/lab-serve-svc", 8000, *PERSON) as url:
+        answer = httpx.post(f"{url}/v1/completions", json=ask, timeout=60).raise_for_status().json()
     assert answer["model"] == "lab@fp32" and answer["usage"]["completion_tokens"] == 4
 
     pods = json.loads(kubectl("get", "pods", "-n", namespace, "-o", "json"))["items"]
@@ -206,6 +201,20 @@ def test_jobs_by_both_roads_on_a_cluster_that_grows_for_them(
     assert "Unauthorized" in said or "401" in said
     token = kubectl("get", "secret", "lab", "-n", namespace, "-o", "jsonpath={.data.auth_token}")
     assert len(token) >= 40
+
+
+@contextmanager
+def forwarded(namespace: str, target: str, port: int, *options: str) -> Iterator[str]:
+    node = settings().node
+    command = [node / "bin" / "kubectl", "--kubeconfig", node / "kubeconfig", "port-forward"]
+    words = ["-n", namespace, target, f":{port}", *options]
+    with subprocess.Popen([*command, *words], stdout=subprocess.PIPE, text=True) as forwarding:
+        try:
+            assert forwarding.stdout is not None
+            # Forwarding from 127.0.0.1:40000 -> 8000
+            yield "http://" + forwarding.stdout.readline().split()[2]
+        finally:
+            forwarding.terminate()
 
 
 def through(namespace: str, service: str, port: int, path: str) -> str:
