@@ -47,17 +47,23 @@ class Context:
         """A client of its own. Raises Unreachable where the configuration cannot be used."""
         from kubernetes import client, config
 
+        loaded = client.Configuration()
+        loaded.retries = False  # each would be remarked on, on the screen
         try:
             if self.kubeconfig is None:
-                loaded = client.Configuration()
                 config.load_incluster_config(loaded)
-                return client.ApiClient(loaded)
-            made = config.new_client_from_config(str(self.kubeconfig), context=self.name)
+            else:
+                config.load_kube_config(
+                    str(self.kubeconfig),
+                    context=self.name,
+                    client_configuration=loaded,
+                    persist_config=False,
+                )
         except (config.ConfigException, OSError) as error:
             raise Unreachable(f"context {self.name!r} cannot be used: {error}") from error
         if self.is_node:
-            made.configuration.proxy = None  # loopback
-        return made
+            loaded.proxy = None  # loopback
+        return client.ApiClient(loaded)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.server})"
@@ -97,7 +103,6 @@ def reachable(context: Context) -> str | None:
 
     try:
         api = context.client()
-        api.configuration.retries = False
         response = api.call_api(
             *api.param_serialize("GET", "/readyz", auth_settings=["BearerToken"]),
             _request_timeout=TIMEOUT_S,

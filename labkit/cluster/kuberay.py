@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from labkit.cluster.conditions import Hopeless, describe, holds
@@ -435,19 +436,28 @@ class KubeRay:
         manager: str = MANAGER,
         **params: Any,
     ) -> Manifest:
+        import urllib3
+
         resource = self._resource(kind, api_version)
         if name and verb != "create":
             params["name"] = name
         if verb in ("server_side_apply", "create", "patch"):
             params |= {"field_manager": manager, "query_params": [("fieldValidation", "Strict")]}
         with self.errors(kind, name, (namespace or "") if resource.namespaced else ""):
-            response = getattr(self._dynamic, verb)(
+            call = partial(
+                getattr(self._dynamic, verb),
                 resource,
                 namespace=namespace if resource.namespaced else None,
                 serialize=False,
                 _request_timeout=CALL_S,
                 **params,
             )
+            try:
+                response = call()
+            except urllib3.exceptions.HTTPError:
+                if verb != "get":
+                    raise
+                response = call()  # the server may have closed a connection that was kept
             return dict(json.loads(response.data))
 
     @contextmanager
