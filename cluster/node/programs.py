@@ -73,8 +73,10 @@ IMAGES = {
 }
 
 
-def build(node: Path, say: Callable[[str], None] = print) -> None:
+def build(node: Path, say: Callable[[str], None] = print, *, keep: bool = False) -> None:
     """Make ``node/bin``, ``node/images`` and ``node/share`` whole; done already, it takes no time.
+
+    keep  leave Go's modules and caches in ``node/go``, for who changes a version: the next build is short
 
     A second call waits for the first. Raises RuntimeError where Go is missing or too old, or a build fails.
     """
@@ -82,6 +84,8 @@ def build(node: Path, say: Callable[[str], None] = print) -> None:
     with (node / "building").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _build_all(node, say)
+        if not keep:
+            _remove_caches(node)
 
 
 def _build_all(node: Path, say: Callable[[str], None]) -> None:
@@ -111,7 +115,11 @@ def _build_all(node: Path, say: Callable[[str], None]) -> None:
                 user,
             )
         complete.touch()
-    if (node / "go").exists():  # 11 GB that nothing needs any more
+
+
+def _remove_caches(node: Path) -> None:
+    """11 GB that nothing needs any more."""
+    if (node / "go").exists():
         subprocess.run([_go(), "clean", "-modcache"], env=_environment(node), check=True)
         shutil.rmtree(node / "go")
 
