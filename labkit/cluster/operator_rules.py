@@ -3,6 +3,7 @@
 The operator reports such an object once, as an event ``InvalidRay...Spec`` or ``...Metadata``, and then leaves it
 alone: nothing starts. The rules are those of its ``controllers/ray/utils/validation.go`` with its default
 feature gates (deletion policy on, incremental upgrade off). Objects have passed the schema and have its defaults.
+A RayCronJob is judged by its job; its schedule is not read.
 """
 
 from __future__ import annotations

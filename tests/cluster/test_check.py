@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import verdicts
 from mutants import mutants
 from node import Node
+from referee import SILENCE
 
 from labkit.cluster.context import Context, current
 
@@ -19,6 +22,9 @@ def test_three_hundred_mutants_are_judged_as_the_cluster_judges_them(context: Co
     cases = verdicts.judged(mutants(verdicts.samples(), verdicts.COUNT), context)
     print(verdicts.show(cases))
     assert len(cases) == verdicts.COUNT
+    heard = Counter(case.ruling.by for case in cases if case.ruling)
+    assert heard["operator"] > 60
+    assert heard[SILENCE] < 5  # it does not look at what Kueue manages
     equal = sum(case.agrees for case in cases)
     assert equal >= 0.98 * verdicts.COUNT, verdicts.show(cases)
 

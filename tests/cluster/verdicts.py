@@ -14,7 +14,6 @@ import json
 import secrets
 import sys
 from collections import Counter, defaultdict
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,17 +72,15 @@ def judged(objects: list[Mutant], context: Context) -> list[Case]:
     referee = Referee(context.client())
     seen: Counter[tuple[str, str]] = Counter()
     places, rulings, applied = [], [], []
-    with ExitStack() as stack:
-        prefix = f"verdicts-{secrets.token_hex(3)}"
-        for found in objects:
-            name = str((found.manifest.get("metadata") or {}).get("name") or "unnamed")
-            key = (found.manifest["kind"], name)
-            places.append(f"{prefix}-{seen[key]}")
-            seen[key] += 1
-        for namespace in sorted(set(places)):
-            stack.enter_context(referee.namespace(namespace))
+    prefix = f"verdicts-{secrets.token_hex(3)}"
+    for found in objects:
+        metadata = found.manifest.get("metadata")  # a mutant's may be anything
+        key = (found.manifest["kind"], str(metadata.get("name") if isinstance(metadata, dict) else ""))
+        places.append(f"{prefix}-{seen[key]}")
+        seen[key] += 1
+    with referee.namespaces(f"{prefix}-dry", set(places)):
         for namespace, found in zip(places, objects, strict=True):
-            ruling = referee.create(found.manifest, namespace)
+            ruling = referee.create(found.manifest, f"{prefix}-dry")
             if ruling and ruling.accepted and found.manifest["kind"] in RAY_KINDS:
                 real = referee.create(found.manifest, namespace, dry_run=False)
                 assert real and real.accepted, f"accepted dry, refused wet: {found} {real}"
