@@ -12,7 +12,9 @@ from labkit.course import progress_file
 from labkit.course.lessons import lesson
 from labkit.course.sandbox import Finding, examine
 
-Check = Callable[[Callable[..., Any]], None]
+Check = Callable[
+    [Callable[..., Any]], str | None
+]  # refuses by raising Wrong; a text is a remark on a right answer
 LEVELS = {1: "easy", 2: "medium", 3: "hard"}
 
 
@@ -91,7 +93,11 @@ class Exercise:
             return f"{head} yet. The next cells run labkit's solution."
         printed = textwrap.indent(finding.printed, "  | ")
         lines = (
-            [f"{head}."] if finding.state == "not yet" else [f"{head}. The next cells run your function."]
+            [f"{head}."]
+            if finding.state == "not yet"
+            else [
+                f"{head}{finding.message and f', but {finding.message}'}. The next cells run your function."
+            ]
         )
         if finding.state == "not yet":
             lines.append(textwrap.indent(finding.message, "  "))

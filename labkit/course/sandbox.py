@@ -30,7 +30,8 @@ MAX_PRINTED = 2000  # characters of a learner's own print() that a report repeat
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: ``message`` says what is wrong, ``given`` what the function was called with."""
+    """What a check found: ``message`` says what is wrong, or what could be better where nothing is; ``given`` what
+    the function was called with."""
 
     state: Literal["right", "not yet", "not attempted"]
     message: str = ""
@@ -90,7 +91,7 @@ class _Watched:
             raise Wrong(_raised(error)) from error
 
 
-def examine(check: Callable[[Callable[..., Any]], None], function: Any, *, seconds: float) -> Finding:
+def examine(check: Callable[[Callable[..., Any]], str | None], function: Any, *, seconds: float) -> Finding:
     """Run ``check`` on ``function`` and say what it found; ``seconds`` is the limit for all of it.
 
     The limit needs the main thread of a POSIX system; elsewhere there is none.
@@ -105,7 +106,7 @@ def examine(check: Callable[[Callable[..., Any]], None], function: Any, *, secon
     printed = _Printed()
     try:
         with _state_kept(), _limit(seconds), contextlib.redirect_stdout(printed):
-            check(watched)
+            remark = check(watched)
     except _NotAttempted:
         return Finding("not attempted")
     except _TimeIsUp:
@@ -120,7 +121,7 @@ def examine(check: Callable[[Callable[..., Any]], None], function: Any, *, secon
         # The check read the answer in a way that this answer does not allow.
         message = f"what your function returned could not be read: {_one_line(error)}."
     else:
-        return Finding("right", printed=printed.getvalue().rstrip())
+        return Finding("right", remark or "", printed=printed.getvalue().rstrip())
     return Finding("not yet", message, watched.given, printed.getvalue().rstrip())
 
 

@@ -113,3 +113,21 @@ def test_the_solution_explains_itself(
     source = capsys.readouterr().out
     assert source.startswith(("def ", "class ", "@"))
     assert "NotImplementedError" not in source
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "looped_update",
+            "right, but it loops over rows: use error[:, None] * hinv_row. The next cells run your",
+        ),
+        ("row_by_row", "right, but it loops over rows"),
+        ("column_by_column", "right, but it loops over columns"),
+        ("in_place_update", "right. The next cells run your function."),
+    ],
+)
+def test_a_column_update_that_loops_is_right_and_told_so(name: str, said: str) -> None:
+    item, function = exercise("06.2"), getattr(answers("06"), name)
+    assert said in item.report(item.examine(function))
+    assert ("loops" in lesson("06").why_slow(function)) == ("loops" in said)

@@ -9,6 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from labkit.course import Exercise, Question, plot
 from labkit.course.check import close, describe, equal, require, tensor
@@ -69,7 +70,40 @@ def column_update(weights_right: Tensor, error: Tensor, hinv_row: Tensor) -> Ten
     return weights_right - error[:, None] * hinv_row[None, :]  # (out, remaining)
 
 
-def _check_column_update(fn: Callable[..., Any]) -> None:
+class _Calls(TorchFunctionMode):
+    """Counts the calls of torch that are made while it is entered."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def loops_over(fn: Callable[..., Any]) -> str | None:
+    """The axis, "rows" or "columns", over which a column update loops: with more of them it calls torch more often."""
+
+    def calls(out: int, remaining: int) -> int:
+        arguments = torch.zeros(out, remaining), torch.zeros(out), torch.zeros(remaining)
+        with _Calls() as seen:
+            fn(*arguments)
+        return seen.count
+
+    few = calls(16, 16)
+    return "rows" if calls(32, 16) > few else "columns" if calls(16, 32) > few else None
+
+
+def why_slow(fn: Callable[..., Any]) -> str:
+    """Why GPTQ with the column update ``fn`` takes longer than the text says."""
+    axis = loops_over(fn)
+    return (
+        f"your update loops over {axis}: use error[:, None] * hinv_row"
+        if axis
+        else "other work shares the machine"
+    )
+
+
+def _check_column_update(fn: Callable[..., Any]) -> str | None:
     for out, remaining in [(3, 3), (2, 4), (1, 1)]:
         generator = torch.Generator().manual_seed(out)
         w = torch.randn(out, remaining, generator=generator, dtype=torch.float64)
@@ -99,6 +133,8 @@ def _check_column_update(fn: Callable[..., Any]) -> None:
             found.dtype == w.dtype, f"your weights_right is {found.dtype}; keep the dtype of the argument"
         )
         close(found, w - step, "your weights_right", rtol=1e-9, atol=1e-12, mistakes=mistakes)
+    axis = loops_over(fn)
+    return f"it loops over {axis}: use error[:, None] * hinv_row" if axis else None
 
 
 # --- exercise 3 ---
@@ -235,9 +271,10 @@ EXERCISES = [
         solution=act_order,
         check=_check_act_order,
         hints=[
-            "`hessian.diagonal().argsort(descending=True)` is the order.",
-            "Rows and columns of H are both inputs: `hessian[order][:, order]`.",
-            "The inverse of a permutation is its argsort.",
+            "You need the places of the diagonal's elements in sorted order, not the sorted elements: an argsort. "
+            "And H has an input along each of its two axes.",
+            "`order = hessian.diagonal().argsort(descending=True)`. Then `weight[:, order]`, and so in both axes of H.",
+            "H is `hessian[order][:, order]`, and the inverse of a permutation is its own argsort.",
         ],
     ),
 ]
@@ -362,18 +399,19 @@ def sorted_diagonal(H: Tensor) -> go.Figure:
     values = H.diagonal().sort(descending=True).values
     figure = plot.figure(
         "A few inputs carry most of the signal",
-        "inputs, sorted",
+        "inputs, sorted: the largest is number 1",
         "mean square of the input (no unit)",
+        log_x=True,
         log_y=True,
     )
     figure.add_scatter(
         x=list(range(1, len(values) + 1)),
         y=[float(f"{v:.4g}") for v in values.tolist()],
-        mode="lines",
-        line={"color": plot.BLUE, "width": 3},
+        mode="markers",
+        marker={"color": plot.BLUE, "size": 6, "symbol": "circle-open"},
         showlegend=False,
     )
-    return figure
+    return figure.update_xaxes(tickvals=[1, 2, 5, 10, 20, 50, 100, 200, 500], range=[-0.1, 2.85])
 
 
 def seen_and_new(weight: Tensor, seen: Tensor, new: Tensor, spec: QuantSpec, damp: float) -> go.Figure:

@@ -88,6 +88,16 @@ def looped_update(weights_right, error, hinv_row):
     return out
 
 
+def row_by_row(weights_right, error, hinv_row):
+    return torch.stack([right - e * hinv_row for right, e in zip(weights_right, error, strict=True)])
+
+
+def column_by_column(weights_right, error, hinv_row):
+    for column in range(len(hinv_row)):
+        weights_right[:, column] -= error * hinv_row[column]
+    return weights_right
+
+
 def in_place_update(weights_right, error, hinv_row):
     return weights_right.addr_(error, hinv_row, alpha=-1)
 
@@ -154,6 +164,6 @@ WRONG = {
 }
 RIGHT = {
     "06.1": [looped_hessian, einsum_hessian],
-    "06.2": [looped_update, in_place_update],
+    "06.2": [looped_update, row_by_row, column_by_column, in_place_update],
     "06.3": [numpy_order],
 }
