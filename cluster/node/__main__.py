@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 
 import programs
@@ -32,7 +33,7 @@ def main() -> int:
             print("Nothing of the node is left running.")
         else:
             print("\n".join(node.status()))
-    except (RuntimeError, PermissionError) as error:
+    except (RuntimeError, PermissionError, subprocess.CalledProcessError) as error:
         print(f"node: {error}", file=sys.stderr)
         return 1
     return 0

@@ -322,6 +322,8 @@ class Node:
             text = (HERE / "config" / source).read_text()
             target = self.run / ("cni/" * source.endswith("conflist") + source)
             target.write_text(string.Template(text).substitute(NODE=self.folder))
+        kuberay = self.folder / "share" / "kuberay"  # kustomize wants it beside what it changes
+        shutil.copyfile(HERE / "config" / "kustomization.yaml", kuberay / "kustomization.yaml")
         lines = ["set -e"]
         for entry, value in SYSCTL.items():
             wish = self.run / "sysctl" / entry.replace("/", ".")

@@ -258,7 +258,6 @@ def _share(go: str, node: Path) -> None:
     shutil.copyfile(
         kubernetes / "api" / "openapi-spec" / "swagger.json", share / "kubernetes" / "swagger.json"
     )
-    shutil.copyfile(HERE / "config" / "kustomization.yaml", share / "kuberay" / "kustomization.yaml")
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "kuberay-system"}}
     (share / "kuberay" / "namespace.yaml").write_text(yaml.safe_dump(namespace))
 
