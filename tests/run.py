@@ -155,12 +155,11 @@ def environment(phase: Phase, scratch: Path) -> dict[str, str]:
     for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         own[name] = str(scratch / name.lower())
     merged = {**os.environ, **own}
-    for name in (
-        "LABKIT_MODEL",
-        "LABKIT_SHARED_CACHE",
-        "RAY_ADDRESS",
-    ):  # not what the stored values were made with
+    # Not what the stored values were made with.
+    for name in ("LABKIT_MODEL", "LABKIT_SHARED_CACHE", "LABKIT_RECORD", "RAY_ADDRESS"):
         merged.pop(name, None)
+    if "--nbval" in phase.options:
+        merged["LABKIT_LIVE"] = "0"  # tests/cluster runs the same notebooks live
     if TWO_BY_TWO[0] in phase.options:
         merged.setdefault("OMP_NUM_THREADS", "1")
     return merged

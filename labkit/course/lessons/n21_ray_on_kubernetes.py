@@ -31,7 +31,7 @@ PROFILE = PROFILES["node"]
 
 # What the job of this notebook runs: six roundings, as tasks on the cluster that serves.
 JOB = """
-import ray
+import httpx, ray
 from labkit.cluster.local import ray_session
 from labkit.models import load
 from labkit.quant import QuantSpec, rtn
@@ -46,8 +46,11 @@ with ray_session():
     found = ray.get([bits.remote(spec) for spec in specs])
     for spec, (size, _) in zip(specs, found):
         print(f"{spec:12} {size:.4g} bits per weight")
-    print(len({node for _, node in found}), "node of", len(ray.nodes()))
+    print("nodes:", len({node for _, node in found}), "of", len(ray.nodes()))
+answer = httpx.get("http://lab-serve-svc:8000/v1/models")
+print("models:", [model["id"] for model in answer.json()["data"]])
 """
+JOB_SAYS = ("int", "nodes:", "models:")
 
 
 # --- the cluster ---
@@ -181,6 +184,13 @@ def _events(picture: Manifest, each: Manifest) -> list[Manifest]:
 def job_command() -> str:
     """The command line of the notebook's job."""
     return f"python -c {shlex.quote(JOB)}"
+
+
+def parsed(text: str) -> Manifest:
+    """A manifest's text as data, for the notebook's namespace."""
+    manifest: Manifest = yaml.safe_load(text)
+    manifest["metadata"]["namespace"] = NAMESPACE
+    return manifest
 
 
 # --- exercises ---
@@ -550,7 +560,7 @@ def stages_figure(stages: Sequence[Mapping[str, Any]], note: str = "") -> go.Fig
         height=130 + 30 * len(stages),
     )
     began = 0.0
-    for i, stage in enumerate(stages):
+    for stage in stages:
         figure.add_bar(
             x=[stage["seconds"]],
             y=[stage["name"]],
@@ -558,7 +568,7 @@ def stages_figure(stages: Sequence[Mapping[str, Any]], note: str = "") -> go.Fig
             orientation="h",
             text=[f"{stage['seconds']:.1f}"],
             textposition="outside",
-            marker_color=plot.COLORS[i % len(plot.COLORS)],
+            marker_color=plot.BLUE,
             showlegend=False,
         )
         began += stage["seconds"]
@@ -585,14 +595,12 @@ class Fit:
         )
         shares = [100 * millicores / 1000 / self.cores, 100 * megabytes / 1000 / self.gigabytes]
         used = [pods * share for share in shares]
-        figure.add_bar(
-            x=used, y=["cores", "memory"], orientation="h", name="requested", marker_color=plot.BLUE
-        )
-        figure.add_bar(
-            x=[100 - each for each in used],
-            y=["cores", "memory"],
-            orientation="h",
-            name="left over",
-            marker={"color": plot.SKY, "pattern": {"shape": "/"}},
-        )
-        return figure.update_layout(barmode="stack", legend={"orientation": "h", "y": -0.35})
+        for name, values, color in (
+            ("requested", used, plot.BLUE),
+            ("left over", [100 - each for each in used], plot.SKY),
+        ):
+            figure.add_bar(
+                x=values, y=["cores", "memory"], orientation="h", name=name, marker_color=color,
+                text=[f"{name} {each:.0f} %" for each in values], textposition="inside",
+            )  # fmt: skip
+        return figure.update_layout(barmode="stack", showlegend=False)
