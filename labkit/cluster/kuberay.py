@@ -35,6 +35,7 @@ MANAGER = "labkit"
 PATCHER = "labkit-patch"  # so that a conflict with an earlier scale() or suspend() says what it was
 NAMESPACE_LABEL, NAMESPACE_VALUE = next(iter(PART_OF.items()))
 DASHBOARD_PORT = 8265
+GROUPS = "/spec/workerGroupSpecs"
 CALL_S = (5, 30)  # to connect, to answer
 POLL_S = 1.0
 
@@ -244,16 +245,7 @@ class KubeRay:
         """Give a worker group of a RayCluster so many pods. least, most: the autoscaler's limits; None = as they are,
         widened where ``replicas`` lies outside.
         """
-        found = self.get("RayCluster", cluster)
-        groups = found["spec"].get("workerGroupSpecs") or []
-        names = [each["groupName"] for each in groups]
-        if group not in names:
-            raise KubeRayError(
-                f"no worker group {group!r}; there are {', '.join(names) or 'none'}",
-                kind="RayCluster", name=cluster, namespace=self.namespace,
-            )  # fmt: skip
-        at = names.index(group)
-        path, old = f"/spec/workerGroupSpecs/{at}", groups[at]
+        path, old, same = self._place(cluster, self._worker_groups(cluster), group)
         least = min(old.get("minReplicas", 0), replicas) if least is None else least
         most = max(old.get("maxReplicas", replicas), replicas) if most is None else most
         if not 0 <= least <= replicas <= most:
@@ -262,10 +254,37 @@ class KubeRay:
         change = [
             {"op": "add", "path": f"{path}/{field}", "value": value} for field, value in wanted.items()
         ]
-        # The list has no keys: make sure that the place is still this group's.
-        return self.patch(
-            "RayCluster", cluster, [{"op": "test", "path": f"{path}/groupName", "value": group}, *change]
-        )
+        return self.patch("RayCluster", cluster, [same, *change])
+
+    def duplicate_worker_group(self, cluster: str, group: str, new: str) -> Manifest:
+        """Give a RayCluster one more worker group, named ``new``, that is like one it has."""
+        groups = self._worker_groups(cluster)
+        if new in groups:
+            raise KubeRayError(
+                f"has a worker group {new!r} already",
+                kind="RayCluster",
+                name=cluster,
+                namespace=self.namespace,
+            )
+        _, old, same = self._place(cluster, groups, group)
+        add = {"op": "add", "path": f"{GROUPS}/-", "value": {**old, "groupName": new}}
+        return self.patch("RayCluster", cluster, [same, add])
+
+    def delete_worker_group(self, cluster: str, group: str, *, timeout: float = 300) -> Manifest:
+        """Remove a worker group of a RayCluster: its pods first, since the operator forgets them with their group and
+        they would run for ever. With Ray's autoscaler its pods go when they are idle.
+
+        Raises TimeoutError where pods are left after ``timeout`` seconds; the group is there then, with 0 replicas.
+        """
+        self.scale(cluster, group, 0, least=0, most=0)
+        deadline = time.monotonic() + timeout
+        while left := self.list("Pod", f"ray.io/cluster={cluster},ray.io/group={group}"):
+            if time.monotonic() > deadline:
+                names = ", ".join(each["metadata"]["name"] for each in left)
+                raise TimeoutError(f"worker group {group} still has {names} after {timeout:.0f} s")
+            time.sleep(POLL_S)
+        path, _, same = self._place(cluster, self._worker_groups(cluster), group)
+        return self.patch("RayCluster", cluster, [same, {"op": "remove", "path": path}])
 
     def suspend(self, kind: str, name: str, on: bool = True) -> Manifest:
         """Take the pods of a RayCluster away, or stop a RayJob, and keep the object; ``on=False`` starts it (again).
@@ -381,9 +400,32 @@ class KubeRay:
         """Remove the namespace and all in it. Raises KubeRayError where it is not the lab's."""
         if (self.get_namespace()["metadata"].get("labels") or {}).get(NAMESPACE_LABEL) != NAMESPACE_VALUE:
             self._not_ours("it is left alone")
+        # Ray first: the operator clears what a cluster kept in Redis with a job, and a namespace that is going takes
+        # none, so that it would wait for it for ever.
+        for kind in ("RayService", "RayJob", "RayCluster"):
+            for each in self.list(kind) if self.knows(kind) else []:
+                self.delete(kind, each["metadata"]["name"], timeout=timeout)
         self.delete("Namespace", self.namespace, wait=wait, timeout=timeout)
 
     # Inside
+
+    def _worker_groups(self, cluster: str) -> dict[str, Manifest]:
+        groups = self.get("RayCluster", cluster)["spec"].get("workerGroupSpecs") or []
+        return {each["groupName"]: each for each in groups}
+
+    def _place(
+        self, cluster: str, groups: dict[str, Manifest], group: str
+    ) -> tuple[str, Manifest, Manifest]:
+        """A worker group's path, what stands there, and the JSON patch operation that makes sure of it: the list has no
+        keys, so somebody may have moved it meanwhile.
+        """
+        if group not in groups:
+            raise KubeRayError(
+                f"no worker group {group!r}; there are {', '.join(groups) or 'none'}",
+                kind="RayCluster", name=cluster, namespace=self.namespace,
+            )  # fmt: skip
+        path = f"{GROUPS}/{list(groups).index(group)}"
+        return path, groups[group], {"op": "test", "path": f"{path}/groupName", "value": group}
 
     def _not_ours(self, remedy: str) -> NoReturn:
         raise KubeRayError(

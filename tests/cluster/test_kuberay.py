@@ -197,6 +197,42 @@ def test_scaling_what_is_not_there_names_what_is(ray: KubeRay, asleep: str) -> N
         ray.scale(asleep, "workers", 2, most=1)
 
 
+def test_a_worker_group_is_doubled_and_removed(ray: KubeRay, asleep: str, node: Node) -> None:
+    def groups() -> list[str]:
+        names = "{.spec.workerGroupSpecs[*].groupName}"
+        return kubectl(node, ray, "get", "raycluster", asleep, "-o", f"jsonpath={names}").split()
+
+    made = ray.duplicate_worker_group(asleep, "workers", "more")
+    first, second = made["spec"]["workerGroupSpecs"]
+    assert groups() == ["workers", "more"]
+    assert second == {**first, "groupName": "more"}
+    with pytest.raises(KubeRayError, match="'more' already"):
+        ray.duplicate_worker_group(asleep, "workers", "more")
+    ray.scale(asleep, "more", 2)
+    replicas = "{.spec.workerGroupSpecs[*].replicas}"
+    assert kubectl(node, ray, "get", "raycluster", asleep, "-o", f"jsonpath={replicas}") == "1 2"
+    ray.delete_worker_group(asleep, "workers")
+    assert groups() == ["more"]
+    with pytest.raises(KubeRayError, match="'workers'; there are more"):
+        ray.delete_worker_group(asleep, "workers")
+
+
+def test_a_worker_group_takes_its_pods_with_it(ray: KubeRay, node: Node) -> None:
+    """With pods that find no node: the operator makes them all the same."""
+    for manifest in surroundings("node", namespace=ray.namespace):
+        ray.apply(manifest)
+    cluster = raycluster("node", name="awake", namespace=ray.namespace, workers=1)
+    groups = cluster["spec"]["workerGroupSpecs"]
+    for spec in (cluster["spec"]["headGroupSpec"], *groups):
+        spec["template"]["spec"]["nodeSelector"] = {"no-such": "node"}
+    ray.apply(cluster)
+    ray.wait("RayCluster", "awake", lambda _: bool(ray.list("Pod", "ray.io/group=workers")), timeout=60)
+    ray.delete_worker_group("awake", "workers", timeout=60)
+    pods = kubectl(node, ray, "get", "pods", "-l", "ray.io/cluster=awake", "-o", "name").split()
+    assert len(pods) == 1
+    assert "-head-" in pods[0]
+
+
 def test_waiting_in_vain_says_for_what_and_what_stands_in_the_way(ray: KubeRay, asleep: str) -> None:
     with pytest.raises(
         TimeoutError, match=r"RayCluster quiet in namespace .* is not Ready after 3 s: suspended"
