@@ -1,6 +1,6 @@
 """Requests that never pause, sent from inside the cluster's network, and what became of each.
 
-    with Load(node, url, clients=2) as load: ...
+    with Load(node, url) as load: ...
     load.results                       # a list of Result, in order of their start
 
 The clients run in a process of their own, in the network that the services have addresses in. Each sends its next
@@ -46,7 +46,7 @@ class Result:
 class Load:
     """Clients that ask for the alias ``lab`` until the block ends."""
 
-    def __init__(self, node: Node, url: str, *, clients: int = 2, tokens: int = 4) -> None:
+    def __init__(self, node: Node, url: str, *, clients: int = 4, tokens: int = 2) -> None:
         self._command = node.in_network([sys.executable, __file__, url, str(clients), str(tokens)])
         self.results: list[Result] = []
 
