@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 from collections.abc import Iterator
@@ -197,10 +198,14 @@ def test_jobs_by_both_roads_on_a_cluster_that_grows_for_them(
     workers = kubectl("get", "pods", "-n", namespace, "-l", "ray.io/node-type=worker", "-o", "name")
     assert len(workers.splitlines()) == 1
     # The dashboard runs code for whoever may talk to it.
-    said = kubectl_fails("get", "--raw", through(namespace, "lab-head-svc", 8265, "api/jobs/")).stderr
-    assert "Unauthorized" in said or "401" in said
-    token = kubectl("get", "secret", "lab", "-n", namespace, "-o", "jsonpath={.data.auth_token}")
-    assert len(token) >= 40
+    secret = kubectl("get", "secret", "lab", "-n", namespace, "-o", "jsonpath={.data.auth_token}")
+    token = base64.b64decode(secret).decode()
+    assert len(token) >= 32
+    with forwarded(namespace, "service/lab-head-svc", 8265) as url:
+        for given, status in [({}, 401), ({"Authorization": "Bearer wrong"}, 403)]:
+            assert httpx.get(f"{url}/api/jobs/", headers=given).status_code == status
+        jobs = httpx.get(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {token}"}).json()
+    assert [job["status"] for job in jobs] == ["SUCCEEDED"] * 2
 
 
 @contextmanager
@@ -215,8 +220,3 @@ def forwarded(namespace: str, target: str, port: int, *options: str) -> Iterator
             yield "http://" + forwarding.stdout.readline().split()[2]
         finally:
             forwarding.terminate()
-
-
-def through(namespace: str, service: str, port: int, path: str) -> str:
-    """The way to a service by the API server."""
-    return f"/api/v1/namespaces/{namespace}/services/{service}:{port}/proxy/{path}"
