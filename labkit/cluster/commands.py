@@ -274,6 +274,7 @@ def down(
     ] = False,
     service: Name = SERVICE,
     namespace: Namespace = NAMESPACE,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
@@ -281,11 +282,12 @@ def down(
     from labkit.cluster import deploy
 
     ray = _ray(namespace)
-    _confirm(ray, yes)
-    if everything and not yes and sys.stdin.isatty():
-        typer.confirm(f"Remove namespace {namespace} of {ray.context} with all in it?", abort=True)
+    if not dry_run:
+        _confirm(ray, yes)
+        if everything and not yes and sys.stdin.isatty():
+            typer.confirm(f"Remove namespace {namespace} of {ray.context} with all in it?", abort=True)
     with _progress(as_json) as say:
-        _show(deploy.down(ray, service, everything=everything), ray, as_json, say)
+        _show(deploy.down(ray, service, everything=everything, dry_run=dry_run), ray, as_json, say)
 
 
 def _ray(namespace: str) -> KubeRay:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from labkit.cluster import client, diagnose, render, status, upload
 from labkit.cluster.conditions import condition, describe, holds
@@ -100,24 +101,34 @@ def dry_run(ray: KubeRay, plan: Plan) -> Iterator[Stage]:
             yield clock.stage("dry run", f"{what}: {_checked(manifest)}")
 
 
-def down(ray: KubeRay, name: str = NAME, *, everything: bool = False) -> Iterator[Stage]:
+def down(
+    ray: KubeRay, name: str = NAME, *, everything: bool = False, dry_run: bool = False
+) -> Iterator[Stage]:
     """Remove a RayService and its pods, and keep the checkpoints; ``everything``: the namespace with all in it.
 
-    What is not there is no error.
+    dry_run  only say what would be removed
+
+    What is not there is no error. Raises KubeRayError in a namespace that is not the lab's.
     """
     clock = _Clock()
     yield clock.stage("context", _reached(ray.context))
     there = _namespace_is_there(ray)
+    if there:
+        ray.check_namespace()
+    stage = "dry run" if dry_run else "remove"
     if everything:
-        if there:
+        if there and not dry_run:
             ray.delete_namespace()
-        yield clock.stage("namespace", f"{ray.namespace} {'removed' if there else 'was not there'}")
+        yield clock.stage(
+            stage, f"namespace {ray.namespace} {'with all in it' if there else 'was not there'}"
+        )
         return
     # In this order: the operator clears its keys in Redis before the RayService goes.
     for kind, each in (("RayService", name), ("Deployment", f"{name}-redis"), ("Service", f"{name}-redis")):
         if there and ray.exists(kind, each):
-            ray.delete(kind, each)
-            yield clock.stage("remove", f"{kind} {each}")
+            if not dry_run:
+                ray.delete(kind, each)
+            yield clock.stage(stage, f"{kind} {each}")
     yield clock.stage(
         "done", f"namespace {ray.namespace}{' and its checkpoints stay' if there else ' was not there'}"
     )
@@ -199,7 +210,7 @@ def _apply(ray: KubeRay, plan: Plan) -> str:
         after = ray.apply(manifest, force=plan.force)
     if before is None:
         return f"RayService {plan.name} made"
-    changed = after["metadata"]["generation"] != before["metadata"]["generation"]
+    changed = _without_empty(after["spec"]) != _without_empty(before["spec"])
     return f"RayService {plan.name} {'changed' if changed else 'unchanged'}"
 
 
@@ -220,9 +231,11 @@ def _until(
             if done:
                 return found
         except KubeRayError as error:
-            if error.status and error.status < 500:
+            # The service names its Ray cluster a moment before it makes it.
+            coming = error.kind == "RayCluster" and error.status == 404
+            if 0 < error.status < 500 and not coming:
                 raise
-            found = error.message
+            found = "the operator makes a Ray cluster" if coming else error.message
         now = time.monotonic()
         if now - looked > LOOK_S:
             looked = now
@@ -314,7 +327,15 @@ def _answer(ray: KubeRay, plan: Plan, say: Say) -> str:
     return "; ".join(names)
 
 
-# Helpers of dry_run and down
+# Helpers
+
+
+def _without_empty(value: Any) -> Any:
+    """The operator writes empty fields into a specification; they mean nothing."""
+    if isinstance(value, dict):
+        inner = {key: _without_empty(each) for key, each in value.items()}
+        return {key: each for key, each in inner.items() if each not in ({}, None)}
+    return [_without_empty(each) for each in value] if isinstance(value, list) else value
 
 
 def _namespace_is_there(ray: KubeRay) -> bool:

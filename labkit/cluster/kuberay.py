@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ Manifests = list[Manifest]
 Progress = Callable[[str], None]
 
 MANAGER = "labkit"
+OPERATOR = "kuberay-operator"
 PATCHER = "labkit-patch"  # so that a conflict with an earlier scale() or suspend() says what it was
 NAMESPACE_LABEL, NAMESPACE_VALUE = next(iter(PART_OF.items()))
 DASHBOARD_PORT = 8265
@@ -93,10 +95,17 @@ class KubeRay:
         A misspelt field is an error. Fields that were applied before and are missing now are removed.
         """
         kind, name, namespace = self._identity(manifest)
-        return self._call(
-            "server_side_apply", kind, name, namespace, body=dict(manifest), dry_run=_all(dry_run),
-            force_conflicts=force or None, api_version=manifest.get("apiVersion"),
+        call = partial(
+            self._call, "server_side_apply", kind, name, namespace, body=dict(manifest),
+            dry_run=_all(dry_run), api_version=manifest.get("apiVersion"),
         )  # fmt: skip
+        try:
+            return call(force_conflicts=force or None)
+        except KubeRayError as error:
+            # The operator writes defaults into what it is given, and owns them from then on.
+            if set(re.findall(r'conflicts? with "([^"]+)"', error.message)) != {OPERATOR}:
+                raise
+            return call(force_conflicts=True)
 
     def create(self, manifest: Mapping[str, Any], *, dry_run: bool = False) -> Manifest:
         """Make a new object. Raises KubeRayError, status 409, where there is one of that name."""
@@ -396,10 +405,14 @@ class KubeRay:
         """The namespace itself. Raises KubeRayError, status 404, where there is none."""
         return self._call("get", "Namespace", self.namespace, None)
 
-    def delete_namespace(self, *, wait: bool = True, timeout: float = 180) -> None:
-        """Remove the namespace and all in it. Raises KubeRayError where it is not the lab's."""
+    def check_namespace(self) -> None:
+        """Raises KubeRayError where the namespace is not the lab's, or not there."""
         if (self.get_namespace()["metadata"].get("labels") or {}).get(NAMESPACE_LABEL) != NAMESPACE_VALUE:
             self._not_ours("it is left alone")
+
+    def delete_namespace(self, *, wait: bool = True, timeout: float = 180) -> None:
+        """Remove the namespace and all in it. Raises KubeRayError where it is not the lab's."""
+        self.check_namespace()
         # Ray first: the operator clears what a cluster kept in Redis with a job, and a namespace that is going takes
         # none, so that it would wait for it for ever.
         for kind in ("RayService", "RayJob", "RayCluster"):

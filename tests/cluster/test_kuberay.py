@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from node import Node
 
-from labkit.cluster import conditions
+from labkit.cluster import conditions, deploy
 from labkit.cluster.context import NODE, Context, current, reachable
 from labkit.cluster.kuberay import KubeRay, KubeRayError
 from labkit.cluster.render import raycluster, rayjob, surroundings
@@ -105,6 +105,20 @@ def test_fields_of_somebody_else_are_taken_over_only_by_force(
     assert ray.get("ConfigMap", "small")["data"] == {"a": "1"}
 
 
+def test_what_the_operator_added_is_no_conflict(ray: KubeRay, node: Node, tmp_path: Path) -> None:
+    """KubeRay 1.6 writes defaults into a RayService when it first sees it, and owns the field then."""
+    wanted = raycluster("node", name="quiet", namespace=ray.namespace, workers=1)
+    ray.apply({**wanted, "spec": {**wanted["spec"], "suspend": True}})
+    theirs = ray.wait("RayCluster", "quiet", "Suspended", timeout=60)
+    for field in ("managedFields", "resourceVersion"):
+        del theirs["metadata"][field]
+    theirs["spec"]["workerGroupSpecs"][0]["scaleStrategy"] = {}
+    (tmp_path / "theirs.json").write_text(json.dumps(theirs))
+    kubectl(node, ray, "replace", "--field-manager=kuberay-operator", "-f", str(tmp_path / "theirs.json"))
+    changed = {**wanted["spec"], "suspend": True, "rayVersion": "2.0.0"}
+    assert ray.apply({**wanted, "spec": changed})["spec"]["rayVersion"] == "2.0.0"
+
+
 def test_what_is_missing_or_there_already_is_raised(ray: KubeRay) -> None:
     for action in (ray.get, ray.delete):
         with pytest.raises(KubeRayError, match=r"RayService none in namespace .*not found") as error:
@@ -150,6 +164,28 @@ def test_only_the_labs_own_namespaces_are_used_and_removed(node: Node, namespace
         assert other.get_namespace()["status"]["phase"] == "Active"
     finally:
         node.kubectl("delete", "namespace", foreign)
+
+
+def test_down_touches_only_the_labs_own_namespace(ray: KubeRay, asleep: str, node: Node) -> None:
+    service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "lab-redis"}}
+    ray.apply({**service, "spec": {"ports": [{"port": 6379}]}})
+
+    def services() -> str:
+        return kubectl(node, ray, "get", "service", "-o", "name")
+
+    assert "Service lab-redis" in [stage.found for stage in deploy.down(ray, dry_run=True)]
+    assert "lab-redis" in services()
+    kubectl(node, ray, "label", "namespace", ray.namespace, "app.kubernetes.io/part-of-")
+    try:
+        for everything in (False, True):
+            with pytest.raises(KubeRayError, match=r"not the lab's"):
+                list(deploy.down(ray, everything=everything))
+        assert "lab-redis" in services()
+    finally:
+        kubectl(node, ray, "label", "namespace", ray.namespace, "app.kubernetes.io/part-of=bits-to-pods")
+    list(deploy.down(ray))
+    assert "lab-redis" not in services()
+    assert ray.exists("RayCluster", asleep)
 
 
 def test_a_namespace_is_made_restricted_and_removed(node: Node, namespace: str) -> None:
@@ -304,7 +340,7 @@ def test_logs_of_a_pod_are_what_kubectl_shows(node: Node) -> None:
     name = pod["metadata"]["name"]
     whole = "".join(system.logs(name))
     assert len(whole) > 20
-    assert whole == kubectl(node, system, "logs", name)
+    assert whole.splitlines() == kubectl(node, system, "logs", name).splitlines()
     assert "".join(system.logs(name, tail=1)) == whole.splitlines(keepends=True)[-1]
     with pytest.raises(KubeRayError, match="nobody"):
         list(system.logs("nobody"))
