@@ -107,10 +107,13 @@ def rayservice(
     """
     profile = profile_named(profile)
     workers = max(2, profile.workers) if redis else profile.workers
+    about = metadata("RayService", name, namespace)
+    if redis:
+        about["annotations"] = {"ray.io/gcs-ft-deletion-timeout": "120"}
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayService",
-        "metadata": metadata("RayService", name, namespace),
+        "metadata": about,
         "spec": {
             "upgradeStrategy": {"type": "NewCluster"},
             "rayClusterDeletionDelaySeconds": profile.retire_s,
