@@ -30,8 +30,8 @@ WHY = {
     "kind: Role": "For a person: see what runs and why, change what Ray runs, forward a port (by WebSocket: get).",
     "automountServiceAccountToken:": "Nothing in these pods has to talk to the API server.",
     "accessModes:": "Pods of several nodes read it, and a job writes it.",
-    "ray.io/gcs-ft-deletion-timeout:": "For so many seconds the operator tries to clear its keys in Redis before it lets a Ray\n"
-    "cluster go; 300 without this. Where namespace, Redis and all go at once, it cannot.",
+    "ray.io/gcs-ft-deletion-timeout:": "Seconds in which the operator tries to clear a deleted Ray cluster's keys in\n"
+    "Redis; 300 without this. Where namespace, Redis and all go at once, it cannot.",
     "upgradeStrategy:": "A change below rayClusterConfig makes a second Ray cluster and moves the service there\n"
     "when it is ready; a change of serveConfigV2 happens in place, replica by replica.",
     "rayClusterDeletionDelaySeconds:": "Streams that the old cluster still has may end after the move.",

@@ -268,9 +268,9 @@ def test_another_checkpoint_changes_only_what_is_updated_in_place() -> None:
 
 def test_redis_holds_the_heads_state() -> None:
     deployment, service = redis_manifests("node", name="x", namespace="n")
-    spec = render.rayservice([FP32], "node", name="x", namespace="n", redis=True)["spec"][
-        "rayClusterConfig"
-    ]
+    rayservice = render.rayservice([FP32], "node", name="x", namespace="n", redis=True)
+    spec, annotations = rayservice["spec"]["rayClusterConfig"], rayservice["metadata"]["annotations"]
+    assert 0 < int(annotations["ray.io/gcs-ft-deletion-timeout"]) < 300  # which is the operator's own
     options = spec["gcsFaultToleranceOptions"]
     port = service["spec"]["ports"][0]["port"]
     assert options["redisAddress"] == f"{service['metadata']['name']}:{port}"
