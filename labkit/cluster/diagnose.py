@@ -69,7 +69,7 @@ def _unscheduled(what: str, manifest: Manifest, message: str) -> Line:
         return Line(
             "wait", what, f"waits for a volume ({why})", "see its claim in this list, or `up` again"
         )
-    lacking = re.findall(r"Insufficient ([\w./-]+)", message)
+    lacking = re.findall(r"Insufficient ([\w./-]*\w)", message)
     if lacking:
         asked = {name: _requests(manifest, name) for name in dict.fromkeys(lacking)}
         wants = ", ".join(f"{amount} {name}" for name, amount in asked.items())

@@ -179,6 +179,16 @@ def test_no_node_has_so_much_cpu() -> None:
     assert "labkit cluster down" in line.todo
 
 
+def test_the_only_node_has_not_so_much_memory() -> None:
+    """As the scheduler says it of one node: the resource ends a sentence."""
+    message = (
+        "0/1 nodes are available: 1 Insufficient memory. no new claims to deallocate, preemption: 0/1 nodes are "
+        "available: 1 No preemption victims found for incoming pod."
+    )
+    conditions = [true("PodScheduled", "False", reason="Unschedulable", message=message)]
+    assert "512Mi memory, and" in problem(picture(Pod=[pod(conditions=conditions)])).found
+
+
 QUOTA = (
     'Failed to create head Pod bits-to-pods/lab-abc-head, pods "lab-abc-head" is forbidden: exceeded quota: small, '
     "requested: requests.cpu=200m, used: requests.cpu=0, limited: requests.cpu=100m"
