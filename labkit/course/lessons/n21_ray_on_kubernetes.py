@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from labkit.cluster.profiles import PROFILES, Profile, Size
 from labkit.course import Exercise, Question, plot
 from labkit.course.check import Wrong, equal, number, require
 from labkit.course.recorded import Steps
+from labkit.course.workspace import notebooks
 
 Manifest = dict[str, Any]
 Requests = Mapping[str, str]
@@ -84,11 +86,15 @@ def _connect() -> KubeRay:
 
 def _versions(ray: KubeRay) -> dict[str, str]:
     node = ray.list("Node")[0]["status"]["nodeInfo"]
-    operators = ray.list("Pod", status.OPERATOR, everywhere=True)
-    images = [each["spec"]["containers"][0]["image"].rpartition(":")[2] for each in operators]
+    if ray.context.is_node:  # whose images have no versions
+        source = (notebooks().parent / "cluster/node/programs/kuberay-operator/go.mod").read_text()
+    else:
+        operators = ray.list("Pod", status.OPERATOR, everywhere=True)
+        source = " ".join(each["spec"]["containers"][0]["image"] for each in operators)
+    operator = re.search(r"operator[: ]v(\d[\w.]+)", source)
     return {
         "Kubernetes": node["kubeletVersion"].removeprefix("v"),
-        "KubeRay": (images or ["unknown"])[0].removeprefix("v"),
+        "KubeRay": operator[1] if operator else "of an unknown version",
         "Ray": metadata.version("ray"),
     }
 
@@ -131,6 +137,16 @@ def ready_pods(ray: KubeRay, app: str, count: int, timeout: float = 60) -> set[s
         if time.monotonic() > deadline:
             raise TimeoutError(f"expected {count} ready pods of {app}, found {len(pods)} pods")
         time.sleep(0.3)
+
+
+def until_gone(ray: KubeRay, selector: str, timeout: float = 90) -> int:
+    """Wait until no pod has these labels; how many are left."""
+    deadline = time.monotonic() + timeout
+    while left := ray.list("Pod", selector):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    return len(left)
 
 
 def troubled(ray: KubeRay, apps: Sequence[str], timeout: float = 40) -> dict[str, Manifest]:
