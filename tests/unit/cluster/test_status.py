@@ -179,14 +179,14 @@ def test_no_node_has_so_much_cpu() -> None:
     assert "labkit cluster down" in line.todo
 
 
-def test_the_only_node_has_not_so_much_memory() -> None:
+def test_the_only_node_has_not_so_much_cpu() -> None:
     """As the scheduler says it of one node: the resource ends a sentence."""
     message = (
-        "0/1 nodes are available: 1 Insufficient memory. no new claims to deallocate, preemption: 0/1 nodes are "
+        "0/1 nodes are available: 1 Insufficient cpu. no new claims to deallocate, preemption: 0/1 nodes are "
         "available: 1 No preemption victims found for incoming pod."
     )
     conditions = [true("PodScheduled", "False", reason="Unschedulable", message=message)]
-    assert "512Mi memory, and" in problem(picture(Pod=[pod(conditions=conditions)])).found
+    assert "250m cpu, and" in problem(picture(Pod=[pod(conditions=conditions)])).found
 
 
 QUOTA = (
