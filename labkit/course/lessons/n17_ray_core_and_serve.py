@@ -175,10 +175,13 @@ EXERCISES = [
         minutes=5,
         statement="""
             Write what one task of the sweep does. Round one weight matrix $W$ to the grid that `spec` names,
-            with `rtn`, and return two numbers: the bits per weight $b$, scales included, and the
+            and return two numbers: the bits per weight $b$, scales included, and the
             signal-to-quantization-noise ratio in decibels,
 
             $$\\mathrm{SQNR} = 10 \\log_{10} \\frac{\\sum w^2}{\\sum (w - q)^2}$$
+
+            `QuantSpec.parse(spec)` reads the text, and `rtn(weight, spec)` rounds. What it returns has
+            `.bits_per_weight` and `.dequantize()`; `sqnr_db(weight, rounded)` is the ratio.
         """,
         starter='''
             def my_measure(weight: torch.Tensor, spec: str) -> tuple[float, float]:
@@ -196,12 +199,12 @@ EXERCISES = [
     Exercise(
         "17.2",
         "Read a stream",
-        difficulty=2,
-        minutes=15,
+        difficulty=1,
+        minutes=5,
         statement="""
             `lines` are the lines of a chat stream, as printed above. Return the text of the answer. Skip lines
             that do not begin with `data: `. Stop at `data: [DONE]`. Each other line holds a chunk as JSON; its text
-            stands at `chunk["choices"][i]["delta"]["content"]`. A delta may lack `content`, and a chunk may
+            stands at `chunk["choices"][0]["delta"]["content"]`. A delta may lack `content`, and a chunk may
             have no choices.
         """,
         starter='''
@@ -224,10 +227,8 @@ EXERCISES = [
         minutes=5,
         statement="""
             A machine has $C$ cores and $M$ MB of memory, of which $R$ MB are reserved for everything else. A
-            replica takes $t$ cores and $m$ MB. Return how many whole replicas fit:
-
-            $$n = \\max\\left(0, \\min\\left(\\left\\lfloor \\frac{C}{t} \\right\\rfloor,
-            \\left\\lfloor \\frac{M - R}{m} \\right\\rfloor\\right)\\right)$$
+            replica takes $t$ cores and $m$ MB. Return how many whole replicas fit. Never
+            fewer than 0.
         """,
         starter='''
             def my_replicas_that_fit(
@@ -252,7 +253,7 @@ QUIZ = [
         {
             "Only actors may use more than one core": "A task may reserve any number of cores too.",
             "It is loaded once and its memory is needed again for each request": (
-                "A task would load the model anew, and its KV cache would be gone with it."
+                "A task would load the model anew, and what it keeps of the texts so far (its KV cache) would be gone."
             ),
             "Tasks cannot return text": "A task returns whatever can be pickled.",
         },
