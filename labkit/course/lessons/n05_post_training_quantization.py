@@ -302,7 +302,7 @@ def ladder(measured: Mapping[str, Any]) -> go.Figure:
     """Perplexity against KL for every recipe and seed of ``data/measurements/ptq_ladder.json``."""
     seeds = len(measured["seeds"])
     made = plot.figure(
-        f"The KL tells apart what perplexity hardly does ({seeds} seed{'s' if seeds > 1 else ''}, full protocol)",
+        f"KL and perplexity: one order, other distances ({seeds} seed{'s' if seeds > 1 else ''}, full protocol)",
         "perplexity",
         "KL to the reference (nats per token)",
         log_x=True,
@@ -396,7 +396,7 @@ def windows(perplexities: Mapping[str, Sequence[float]]) -> go.Figure:
     return plot.lines(
         list(range(count)),
         perplexities,
-        title="Windows differ more than recipes do",
+        title="Windows differ as much as recipes do, and one much more",
         x_title="evaluation window",
         y_title="perplexity of that window",
     )
