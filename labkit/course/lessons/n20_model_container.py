@@ -172,17 +172,15 @@ def _check_visible(fn):  # type: ignore[no-untyped-def]
 
 def hidden(image: bytes) -> list[tuple[int, str]]:
     """Files that lie in the image and that no container sees: (number of the layer, path), in order."""
-    with tarfile.open(fileobj=io.BytesIO(image)) as tar:
-        blobs = {entry.name: tar.extractfile(entry).read() for entry in tar}  # type: ignore[union-attr]
 
-    def blob(descriptor: dict[str, Any]) -> bytes:
-        return blobs["blobs/" + descriptor["digest"].replace(":", "/")]
+    def files(blob: bytes) -> Layer:
+        with tarfile.open(fileobj=io.BytesIO(blob)) as tar:
+            return {entry.name: b"".join(tar.extractfile(entry) or ()) for entry in tar}
 
-    manifest = json.loads(blob(json.loads(blobs["index.json"])["manifests"][0]))
-    layers = []
-    for descriptor in manifest["layers"]:
-        with tarfile.open(fileobj=io.BytesIO(blob(descriptor))) as tar:
-            layers.append({entry.name: tar.extractfile(entry).read() for entry in tar})  # type: ignore[union-attr]
+    held = {name.replace("/", ":"): blob for name, blob in files(image).items()}
+    [entry] = json.loads(held["index.json"])["manifests"]
+    manifest = json.loads(held["blobs:" + entry["digest"]])
+    layers = [files(held["blobs:" + entry["digest"]]) for entry in manifest["layers"]]
     found = []
     for number, layer in enumerate(layers):
         for path in layer:
