@@ -52,6 +52,7 @@ WHY = {
     "lifecycle:": "The pod leaves the Service at once and goes on answering while that becomes known.",
     "path: /-/healthz": "The operator's own probe calls bash and wget each time; this asks Serve's proxy.\n"
     "A worker without a replica has no proxy and is not ready, which is right.",
+    "terminationGracePeriodSeconds:": "Serve's actors do not end when Ray is told to: all of it would be waited for.",
     "topologySpreadConstraints:": "Workers of one Ray cluster on different nodes, where there are several.",
     "gcsFaultToleranceOptions:": "Ray's state outlives the head: workers go on answering and join the new one.",
     "submitterPodTemplate:": "The operator's own submitter would be refused in this namespace, and the job hang.",

@@ -19,6 +19,8 @@ HOME = "/home/lab"
 CHECKPOINTS = "/checkpoints"
 ACCOUNT = "ray"
 SHM_MB, OBJECT_STORE_MB = 256, 100
+# A worker that is to go leaves its Service first; then Ray is told, whose Serve actors do not end by themselves.
+LEAVE_S, GRACE_S = 5, 10
 
 # KubeRay's own limits (ray-operator, controllers/ray/utils/constant.go): it appends to the names it is given, and
 # Kubernetes allows 63 characters.
@@ -147,7 +149,7 @@ def _head(profile: Profile, serving: bool) -> Manifest:
     container = _container("ray-head", profile, profile.head, *RAY_VOLUMES)
     container["ports"] = _ports(serving, {"gcs-server": 6379, "dashboard": 8265})
     container["env"] = _env(serving)
-    return pod(container, *RAY_VOLUMES)
+    return {**pod(container, *RAY_VOLUMES), "terminationGracePeriodSeconds": GRACE_S}
 
 
 def _worker(profile: Profile, serving: bool) -> Manifest:
@@ -155,14 +157,14 @@ def _worker(profile: Profile, serving: bool) -> Manifest:
     container["ports"] = _ports(serving, {})
     container["env"] = _env(serving)
     if serving:
-        container["lifecycle"] = {"preStop": {"sleep": {"seconds": 5}}}
+        container["lifecycle"] = {"preStop": {"sleep": {"seconds": LEAVE_S}}}
         container["readinessProbe"] = {
             "httpGet": {"path": "/-/healthz", "port": "serve"},
             "periodSeconds": 2,
             "timeoutSeconds": 5,
             "failureThreshold": 3,
         }
-    spec = pod(container, *RAY_VOLUMES)
+    spec = {**pod(container, *RAY_VOLUMES), "terminationGracePeriodSeconds": LEAVE_S + GRACE_S}
     spec["topologySpreadConstraints"] = [
         {
             "maxSkew": 1,
