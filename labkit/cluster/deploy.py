@@ -245,7 +245,7 @@ def _until(
             raise RuntimeError(f"{what} will not come:{in_the_way}")
         if now - start > plan.timeout:
             raise TimeoutError(f"no sign of {what} after {plan.timeout:.0f} s: {found}{in_the_way}")
-        text = "; ".join([found, *problems])
+        text = "; ".join([found, *(each.partition(" -> ")[0] for each in problems)])
         if text != said:
             say(text)
         said = text

@@ -121,7 +121,12 @@ def _container(what: str, manifest: Manifest, status: Manifest) -> Iterator[Line
             _logs(manifest, " --previous"),
         )
     elif reason in ("CreateContainerConfigError", "CreateContainerError", "RunContainerError"):
-        yield Line("problem", what, f"container {status['name']} cannot be made: {message or reason}")
+        yield Line(
+            "problem",
+            what,
+            f"container {status['name']} cannot be made: {message or reason}",
+            "correct what it names, or make it",
+        )
 
 
 def _not_ready(what: str, manifest: Manifest, events: list[Manifest], now: datetime) -> Line:
@@ -163,7 +168,8 @@ def refused(what: str, events: Iterable[Manifest]) -> Line | None:
                 f"its pod is refused: {message[message.index('exceeded quota') :]}",
                 "ask for less, remove what is not needed, or have the quota raised",
             )
-        return Line("problem", what, f"{event.get('reason', 'Warning')}: {message}")
+        todo = "correct what it names and apply it again; `labkit cluster check` looks at a file"
+        return Line("problem", what, f"{event.get('reason', 'Warning')}: {message}", todo)
     return None
 
 

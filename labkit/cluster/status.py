@@ -113,7 +113,12 @@ def _service(service: Manifest, picture: Manifest) -> Iterator[Line]:
             each for each in _events(picture, service) if str(each.get("reason")).startswith("Invalid")
         ]
         if invalid:
-            yield Line("problem", what, f"the operator refuses it: {invalid[-1]['message']}")
+            yield Line(
+                "problem",
+                what,
+                f"the operator refuses it: {invalid[-1]['message']}",
+                "correct it and apply it again",
+            )
             return
         yield Line("wait", what, describe(service))
     for which in ("activeServiceStatus", "pendingServiceStatus"):

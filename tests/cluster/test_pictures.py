@@ -164,13 +164,8 @@ def test_the_operator_does_not_run(ray: KubeRay, node: Node) -> None:
 
 def test_what_the_operator_refuses(ray: KubeRay) -> None:
     wrong = cluster(ray)
-    wrong["spec"]["headGroupSpec"]["rayStartParams"] = {}
-    wrong["metadata"]["name"] = "sick"
     wrong["spec"]["gcsFaultToleranceOptions"] = {"redisAddress": "redis:6379"}
-    wrong["metadata"]["annotations"] = {"ray.io/ft-enabled": "false"}
+    wrong["metadata"]["annotations"] = {"ray.io/ft-enabled": "false"}  # the older way to say it
     ray.apply(wrong)
-    look(
-        ray,
-        lambda line: line.state == "problem" and "gcsFaultToleranceOptions" in line.found.replace(" ", ""),
-        60,
-    )
+    line = look(ray, problem("GcsFaultToleranceOptions are both set"))
+    assert line.what == "RayCluster sick"
