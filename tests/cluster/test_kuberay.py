@@ -461,6 +461,27 @@ def test_the_role_is_enough_for_the_client_and_for_no_secret(person: KubeRay) ->
     person.delete("RayCluster", "mine")
 
 
+def test_the_role_is_enough_to_forward_a_port(person: KubeRay, ray: KubeRay) -> None:
+    from labkit.cluster.pods import CONTAINER_SECURITY, pod
+
+    container = {
+        "name": "deaf",
+        "image": "bits-to-pods/pause:1",
+        "imagePullPolicy": "Never",
+        "securityContext": CONTAINER_SECURITY,
+    }
+    ray.create({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "deaf"}, "spec": pod(container)})
+    ray.wait("Pod", "deaf", timeout=60)
+    with person.port_forward("pod/deaf", 4444) as forward:
+        with pytest.raises(OSError):
+            get(forward.url)
+        deadline = time.monotonic() + 15
+        while forward.trouble is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert "orbidden" not in (forward.trouble or "")
+    assert "4444" in (forward.trouble or ""), "the connection must have come as far as the pod"
+
+
 def test_conditions_know_the_real_states(ray: KubeRay, asleep: str) -> None:
     """What `holds` reads is what the operator writes."""
     found = ray.wait("RayCluster", asleep, "Suspended", timeout=60)
