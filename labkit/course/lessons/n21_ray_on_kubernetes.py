@@ -73,8 +73,8 @@ def _connect() -> KubeRay:
     there = {
         name
         for node in ray.list("Node")
-        for image in node["status"].get("images", [])
-        for name in image.get("names", [])
+        for image in node["status"].get("images") or []
+        for name in image.get("names") or []
     }
     if not any(name.endswith(PROFILE.image) for name in there):
         raise RuntimeError(f"{context.name} has no image {PROFILE.image} (`make image`)")
