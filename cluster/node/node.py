@@ -397,6 +397,18 @@ class Node:
         path.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
         self.kubectl("apply", "--server-side", "-f", str(path))
 
+    def free_volumes(self) -> None:
+        """Empty the volumes whose claims are gone, and offer them again: no driver does it for folders."""
+        for volume in json.loads(self.kubectl("get", "persistentvolumes", "-o", "json"))["items"]:
+            if volume["status"].get("phase") != "Released":
+                continue
+            folder = Path(volume["spec"]["hostPath"]["path"])
+            for inside in folder.iterdir():
+                shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
+            free = json.dumps([{"op": "remove", "path": "/spec/claimRef"}])
+            name = volume["metadata"]["name"]
+            self.kubectl("patch", "persistentvolume", name, "--type=json", f"--patch={free}")
+
     def _node(self, path: str) -> str:
         """A field of the Node object, empty where there is none yet."""
         return self.kubectl("get", "node", NODE_NAME, "-o", f"jsonpath={path}", check=False)

@@ -44,6 +44,7 @@ def image(node: Node) -> str:
 def fresh_namespace(node: Node) -> Iterator[str]:
     """The lab's own label and the strictest pod security; gone afterwards, with all that is in it."""
     ray = KubeRay(namespace=f"test-{secrets.token_hex(3)}")
+    node.free_volumes()
     ray.ensure_namespace()
     yield ray.namespace
     ray.delete_namespace()

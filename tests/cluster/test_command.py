@@ -35,6 +35,7 @@ def labkit(*args: str, code: int = 0) -> str:
 @pytest.fixture(scope="module")
 def space(node: Node, image: str) -> Iterator[str]:
     """A namespace that only the command makes and removes."""
+    node.free_volumes()
     name = f"test-command-{secrets.token_hex(3)}"
     yield name
     labkit("down", "--all", "--yes", "-n", name)
