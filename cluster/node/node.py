@@ -405,9 +405,9 @@ class Node:
             folder = Path(volume["spec"]["hostPath"]["path"])
             for inside in folder.iterdir():
                 shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
-            free = json.dumps([{"op": "remove", "path": "/spec/claimRef"}])
+            free = json.dumps({"spec": {"claimRef": None}})
             name = volume["metadata"]["name"]
-            self.kubectl("patch", "persistentvolume", name, "--type=json", f"--patch={free}")
+            self.kubectl("patch", "persistentvolume", name, "--type=merge", f"--patch={free}")
 
     def _node(self, path: str) -> str:
         """A field of the Node object, empty where there is none yet."""
