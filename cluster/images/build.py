@@ -127,11 +127,15 @@ def clean(root: Path) -> None:
 
 
 def bud(name: str, context: Path, arguments: Mapping[str, str], options: list[str]) -> None:
-    """One ``buildah bud``. Its words are kept, and shown where it fails."""
+    """One ``buildah bud``. Its words are kept, and shown where it fails. The image that had the name goes, with the
+    layers that nothing else has.
+    """
+    tag = f"localhost/bits-to-pods/{name}:dev"
+    old = run("buildah", "images", "--quiet", "--no-trunc", tag, check=False).stdout.strip()
     file = HERE / ("Containerfile" if name == "server" else f"{name}.Containerfile")
     done = run(
         "buildah", "bud", "--isolation=chroot", "--layers", "--force-rm", "--format=docker",
-        f"--file={file}", f"--tag=localhost/bits-to-pods/{name}:dev",
+        f"--file={file}", f"--tag={tag}",
         *([f"--ignorefile={HERE / 'Containerfile.dockerignore'}"] if name == "server" else []),
         *(f"--build-arg={key}={value}" for key, value in arguments.items()),
         *options, str(context),
@@ -140,6 +144,8 @@ def bud(name: str, context: Path, arguments: Mapping[str, str], options: list[st
     if done.returncode != 0:
         words = (done.stdout + done.stderr).strip()[-4000:]
         raise Stop(f"`buildah bud` of {file.name} ended with status {done.returncode}:\n{words}")
+    if old and old != run("buildah", "images", "--quiet", "--no-trunc", tag).stdout.strip():
+        run("buildah", "rmi", old, check=False)  # a container may still stand on it
 
 
 def secret_options(environment: Mapping[str, str], folder: Path) -> list[str]:
