@@ -250,6 +250,7 @@ def query(
     from labkit.cluster import client
     from labkit.cluster.deploy import serving_service
     from labkit.cluster.pods import PORT
+    from labkit.serving.deployment import alias
 
     if prompt is None and forward is None:
         raise ValueError("nothing to do: give a question, or --forward PORT")
@@ -260,7 +261,8 @@ def query(
         except RuntimeError as error:
             raise RuntimeError(f"{error}{f' ({port.trouble})' if port.trouble else ''}") from error
         if prompt is not None:
-            _ask(port.url, model or names[0], prompt, max_tokens, as_json)
+            # By its alias: during an update the name behind it changes between two requests.
+            _ask(port.url, model or alias(names[0]), prompt, max_tokens, as_json)
         if forward is not None:
             typer.echo(f"ready {port.url}/v1 ({', '.join(names)})")
             with contextlib.suppress(KeyboardInterrupt):
