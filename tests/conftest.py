@@ -53,6 +53,7 @@ PARTS: dict[str, tuple[Callable[[], bool], str]] = {
     "chromium": (_command("chromium"), PACKAGES),
     "git": (_command("git"), "install git"),
     "make": (_command("make"), "install make"),
+    "skopeo": (_command("skopeo"), PACKAGES),
     "linux": (lambda: os.path.isdir("/proc/self"), "run it on Linux"),
     "test node": (_test_node, "run `make node` as root, once"),
     "server image": (_server_image, "run `make image` as root"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -82,9 +81,7 @@ def test_the_same_bytes_each_time() -> None:
     assert archive(LAYERS) == archive(LAYERS)
 
 
-@pytest.mark.skipif(
-    shutil.which("skopeo") is None, reason="needs skopeo, to read the same image with another program"
-)
+@pytest.mark.needs("skopeo")
 def test_skopeo_reads_the_same(image: Path) -> None:
     done = subprocess.run(["skopeo", "inspect", f"oci-archive:{image}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
