@@ -340,7 +340,7 @@ def test_logs_of_a_pod_are_what_kubectl_shows(node: Node) -> None:
     name = pod["metadata"]["name"]
     whole = "".join(system.logs(name))
     assert len(whole) > 20
-    assert whole.splitlines() == kubectl(node, system, "logs", name).splitlines()
+    assert whole.strip().splitlines() == kubectl(node, system, "logs", name).splitlines()
     assert "".join(system.logs(name, tail=1)) == whole.splitlines(keepends=True)[-1]
     with pytest.raises(KubeRayError, match="nobody"):
         list(system.logs("nobody"))
