@@ -491,7 +491,8 @@ def _mounted_sysctl(pid: int) -> bool:
 def _cgroups() -> list[Path]:
     """The cgroups of pods in every hierarchy, the innermost first."""
     roots = [root / CGROUP for root in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir())]
-    found = [path for root in roots if root.is_dir() for path in (root, *root.rglob("*")) if path.is_dir()]
+    # os.walk passes over what is gone before it is looked at: pods end meanwhile.
+    found = [Path(folder) for root in roots for folder, _, _ in os.walk(root)]
     return sorted(found, key=lambda path: -len(path.parts))
 
 
