@@ -24,14 +24,15 @@ def pack(layout: Path, have: Container[str], out: IO[bytes]) -> None:
     for entry in index["manifests"]:
         entry["annotations"][NAME] = entry["annotations"][REFERENCE]
     with tarfile.open(fileobj=out, mode="w|", bufsize=1 << 20) as tar:
-        _add(tar, "oci-layout", (layout / "oci-layout").read_bytes())
+        add(tar, "oci-layout", (layout / "oci-layout").read_bytes())
         for blob in sorted((layout / "blobs" / "sha256").iterdir()):
             if f"sha256:{blob.name}" not in have:
                 tar.add(blob, str(blob.relative_to(layout)))
-        _add(tar, "index.json", json.dumps(index).encode())
+        add(tar, "index.json", json.dumps(index).encode())
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """One more file, from memory."""
     entry = tarfile.TarInfo(name)
     entry.size = len(content)
     tar.addfile(entry, io.BytesIO(content))

@@ -26,8 +26,9 @@ import certificates
 import images
 import programs
 
+from labkit.cluster.context import NODE as CONTEXT
+
 HERE = Path(__file__).resolve().parent
-CONTEXT = "bits-to-pods-node"
 NETWORK = "bits-to-pods"  # the network namespace
 CGROUP = "k8s.io"  # where containerd puts pods that kubelet gives no cgroup: its namespace's name
 NODE_NAME = "lab"

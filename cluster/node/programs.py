@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import images
 import yaml
 
 HERE = Path(__file__).resolve().parent
@@ -172,9 +173,7 @@ def write_image(path: Path, name: str, binary: Path, inside: str, user: int) -> 
     partial = path.with_suffix(".partial")
     with tarfile.open(partial, "w") as archive:
         for file_name, data in ((config_name, config), ("layer.tar", content), ("manifest.json", manifest)):
-            entry = tarfile.TarInfo(file_name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
+            images.add(archive, file_name, data)
     partial.rename(path)
 
 

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from labkit.cluster.pods import NAME as SERVICE
+from labkit.cluster.pods import NAMESPACE
+
 if TYPE_CHECKING:
     from labkit.cluster.deploy import Stage
     from labkit.cluster.kuberay import KubeRay
@@ -50,7 +53,6 @@ Image = Annotated[str | None, typer.Option(help="The server's image, where it is
 Redis = Annotated[
     bool, typer.Option("--redis", help="Keep Ray's state in a Redis, so that the head may die.")
 ]
-NAMESPACE, SERVICE = "bits-to-pods", "lab"
 
 
 @app.command()
