@@ -94,9 +94,6 @@ def notebook_phases() -> list[Phase]:
     if list((HERE / "notebooks").rglob("test_*.py")):
         found.append(Phase("notebooks: exercises", ("tests/notebooks",), TWO_BY_TWO))
     nbval = ("--nbval", "--nbval-current-env", "--nbval-cell-timeout", str(CELL_TIMEOUT))
-    sanitize = HERE / "notebooks" / "sanitize.cfg"
-    if sanitize.exists():
-        nbval += ("--nbval-sanitize-with", str(sanitize.relative_to(ROOT)))
     notebooks = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     quiet = tuple(str(path.relative_to(ROOT)) for path in notebooks if not starts_ray(path))
     if quiet:

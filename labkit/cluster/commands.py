@@ -226,7 +226,7 @@ def logs(
             f"no pod, RayJob or RayService {name} in namespace {namespace}; `labkit cluster logs` lists them"
         )
     if kinds[0] == "RayService":
-        from labkit.cluster.joblog import replica_output
+        from labkit.cluster.logs import replica_output
 
         pieces = replica_output(ray, name, lines=tail or 200)
     else:

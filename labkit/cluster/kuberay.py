@@ -336,15 +336,15 @@ class KubeRay:
         tail      so many last lines of a pod, None = all
         previous  of a pod's container that was restarted: what it said before
         """
-        if kind == "RayJob":
-            from labkit.cluster.joblog import job_output
+        from labkit.cluster.logs import job_output, pod_output
 
+        if kind == "RayJob":
             return job_output(self, name, follow=follow, timeout=timeout)
         if kind != "Pod":
             raise ValueError(
                 f"logs of a Pod or a RayJob, not of a {kind}; its pods: list('Pod', 'ray.io/cluster=...')"
             )
-        return self._pod_logs(name, follow, container, tail, previous)
+        return pod_output(self, name, follow=follow, container=container, tail=tail, previous=previous)
 
     def port_forward(self, target: str, port: int, local: int | None = None) -> PortForward:
         """A local port that leads to a port of ``service/NAME`` or ``pod/NAME``; use it in a ``with`` block.
@@ -537,28 +537,6 @@ class KubeRay:
             raise failed(message, error.status or 0, reason) from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise failed(f"{self.context.server} does not answer: {error}", 0, "Unreachable") from error
-
-    def _pod_logs(
-        self, name: str, follow: bool, container: str | None, tail: int | None, previous: bool
-    ) -> Iterator[str]:
-        wanted = {"follow": follow, "container": container, "tailLines": tail, "previous": previous}
-        query = [(key, str(value).lower()) for key, value in wanted.items() if value]
-        path = f"/api/v1/namespaces/{self.namespace}/pods/{name}/log"
-        with self.errors("Pod", name, self.namespace):
-            request = self.client.param_serialize(
-                "GET", path, query_params=query, auth_settings=["BearerToken"]
-            )
-            response = self.client.call_api(*request, _request_timeout=(CALL_S[0], None))
-            if not 200 <= response.status <= 299:
-                response.read()
-                self.client.response_deserialize(response, {})
-            rest = b""
-            for chunk in response.response.stream(amt=None if not follow else 4096):
-                lines, newline, rest = (rest + chunk).rpartition(b"\n")
-                if newline:
-                    yield (lines + newline).decode(errors="replace")
-            if rest:
-                yield rest.decode(errors="replace")
 
     def _behind(self, service: str, port: int) -> tuple[Manifests, int | str]:
         """The pods that a service selects, and which port of theirs. Raises KubeRayError."""

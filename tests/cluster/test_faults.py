@@ -58,7 +58,10 @@ def started(node: Node, namespace: str, *, redis: bool = False, deployment: Depl
     for manifest in manifests([deployment], "node", name=NAME, namespace=namespace, redis=redis):
         ray.apply(manifest)
     ray.wait("RayService", NAME, timeout=240)
-    return Service(node, ray)
+    service = Service(node, ray)
+    with service.load(clients=1) as load:  # ready is one thing; that kube-proxy has heard of it, another
+        load.wait_for(1)
+    return service
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +81,9 @@ def test_in_place_no_request_is_lost_between_two_checkpoints(service: Service) -
     before, peak = service.cluster(), Peak(service)
     with service.load() as load, peak:
         load.wait_for(ENOUGH, model="lab@fp32")
-        service.ray.apply(
-            rayservice([INT4], "node", name=NAME, namespace=service.ray.namespace), force=True
-        )
+        service.ray.apply(rayservice([INT4], "node", name=NAME, namespace=service.ray.namespace))
         load.wait_for(ENOUGH, model="lab@int4")
-        service.ray.apply(
-            rayservice([FP32], "node", name=NAME, namespace=service.ray.namespace), force=True
-        )
+        service.ray.apply(rayservice([FP32], "node", name=NAME, namespace=service.ray.namespace))
         load.wait_for(ENOUGH, model="lab@fp32")
     figures["in place"] = {**load.summary(), "pods_at_peak": peak.pods}
     assert load.summary()["failed"] == 0
@@ -99,7 +98,7 @@ def test_by_a_new_cluster_no_request_is_lost_either(service: Service) -> None:
         wanted = rayservice([INT4], "node", name=NAME, namespace=service.ray.namespace)
         head = wanted["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]
         head["spec"]["containers"][0]["env"].append({"name": "GENERATION", "value": "2"})
-        service.ray.apply(wanted, force=True)
+        service.ray.apply(wanted)
         load.wait_for(ENOUGH, model="lab@int4")
     figures["new cluster"] = {**load.summary(), "pods_at_peak": peak.pods}
     assert load.summary()["failed"] == 0

@@ -1,9 +1,9 @@
-"""What a RayJob prints, from wherever its way of submission leaves it."""
+"""What pods, RayJobs and the replicas of a RayService print, from wherever it is kept."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from labkit.cluster.conditions import describe
@@ -14,6 +14,52 @@ if TYPE_CHECKING:
 POLL_S = 1.0
 STARTED = ("RUNNING", "SUCCEEDED", "FAILED", "STOPPED")
 ENDED = ("Complete", "Failed", "ValidationFailed")
+
+
+# The kubelet's answer, with status 200, for a container that it removed while it was asked.
+GONE = "unable to retrieve container logs for "
+
+
+def pod_output(
+    ray: KubeRay, name: str, *, follow: bool, container: str | None, tail: int | None, previous: bool
+) -> Iterator[str]:
+    """A pod's log as the kubelet keeps it. Raises KubeRayError."""
+    from labkit.cluster.kuberay import CALL_S, KubeRayError
+
+    wanted = {"follow": follow, "container": container, "tailLines": tail, "previous": previous}
+    query = [(key, str(value).lower()) for key, value in wanted.items() if value]
+    path = f"/api/v1/namespaces/{ray.namespace}/pods/{name}/log"
+    for last in (False, False, True):
+        with ray.errors("Pod", name):
+            request = ray.client.param_serialize(
+                "GET", path, query_params=query, auth_settings=["BearerToken"]
+            )
+            response = ray.client.call_api(*request, _request_timeout=(CALL_S[0], None))
+            if not 200 <= response.status <= 299:
+                response.read()
+                ray.client.response_deserialize(response, {})
+            pieces = _whole_lines(response.response.stream(amt=None if not follow else 4096))
+            first = next(pieces, "")
+            if not first.startswith(GONE):
+                yield first
+                yield from pieces
+                return
+        if not last:
+            time.sleep(POLL_S)  # a pod that restarts has a newer container by then
+    raise KubeRayError(
+        "its container was removed, and the log with it; ask again", kind="Pod", name=name,
+        namespace=ray.namespace, reason="Gone",
+    )  # fmt: skip
+
+
+def _whole_lines(chunks: Iterable[bytes]) -> Iterator[str]:
+    rest = b""
+    for chunk in chunks:
+        lines, newline, rest = (rest + chunk).rpartition(b"\n")
+        if newline:
+            yield (lines + newline).decode(errors="replace")
+    if rest:
+        yield rest.decode(errors="replace")
 
 
 def job_output(ray: KubeRay, name: str, *, follow: bool, timeout: float) -> Iterator[str]:
