@@ -212,13 +212,19 @@ def logs(
     tail: Annotated[int | None, typer.Option(help="So many last lines.")] = None,
     container: Annotated[str | None, typer.Option(help="Of a pod with several.")] = None,
     namespace: Namespace = NAMESPACE,
+    as_json: Annotated[bool, typer.Option("--json", help="An object for each line.")] = False,
 ) -> None:
     """What a pod, a job or the replicas of a service have printed."""
     ray = _ray(namespace)
+
+    def show(line: dict[str, str], text: str) -> None:
+        typer.echo(json.dumps(line) if as_json else text)
+
     if name is None:
         for kind in ("RayService", "RayJob", "Pod"):
             for each in ray.list(kind):
-                typer.echo(f"{each['metadata']['name']:<50} {kind}")
+                found = each["metadata"]["name"]
+                show({"kind": kind, "name": found}, f"{found:<50} {kind}")
         return
     kinds = [each for each in ("Pod", "RayJob", "RayService") if ray.exists(each, name)]
     if not kinds:
@@ -232,7 +238,8 @@ def logs(
     else:
         pieces = ray.logs(name, kinds[0], follow=follow, previous=previous, tail=tail, container=container)
     for piece in pieces:
-        typer.echo(piece, nl=False)
+        for line in piece.splitlines():
+            show({"kind": kinds[0], "name": name, "line": line}, line)
 
 
 @app.command()

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from labkit.cluster.conditions import describe
+from labkit.cluster.objects import CALL_S, POLL_S, KubeRayError, passes
 
 if TYPE_CHECKING:
     from labkit.cluster.kuberay import KubeRay
 
-POLL_S = 1.0
 STARTED = ("RUNNING", "SUCCEEDED", "FAILED", "STOPPED")
 ENDED = ("Complete", "Failed", "ValidationFailed")
 
@@ -24,8 +24,6 @@ def pod_output(
     ray: KubeRay, name: str, *, follow: bool, container: str | None, tail: int | None, previous: bool
 ) -> Iterator[str]:
     """A pod's log as the kubelet keeps it. Raises KubeRayError."""
-    from labkit.cluster.kuberay import CALL_S, KubeRayError
-
     wanted = {"follow": follow, "container": container, "tailLines": tail, "previous": previous}
     query = [(key, str(value).lower()) for key, value in wanted.items() if value]
     path = f"/api/v1/namespaces/{ray.namespace}/pods/{name}/log"
@@ -67,8 +65,6 @@ def job_output(ray: KubeRay, name: str, *, follow: bool, timeout: float) -> Iter
 
     Raises KubeRayError when the job fails (with ``follow``) or its cluster is gone; TimeoutError.
     """
-    from labkit.cluster.kuberay import KubeRayError, _passes
-
     deadline, seen = time.monotonic() + timeout, 0
     while True:
         job = ray.get("RayJob", name)
@@ -88,7 +84,7 @@ def job_output(ray: KubeRay, name: str, *, follow: bool, timeout: float) -> Iter
                         f"its Ray cluster is gone, and its output with it ({describe(job)})",
                         kind="RayJob", name=name, namespace=ray.namespace, status=404,
                     ) from None  # fmt: skip
-                if not _passes(error):
+                if not passes(error):
                     raise
         if not follow:
             return
@@ -105,8 +101,6 @@ def _whole(ray: KubeRay, cluster: str, job: str) -> str:
     API server, and a lab's output is short.
     """
     import httpx
-
-    from labkit.cluster.kuberay import KubeRayError
 
     try:
         with ray.dashboard(cluster) as dashboard:
@@ -130,8 +124,6 @@ def replica_output(ray: KubeRay, service: str, *, lines: int) -> Iterator[str]:
     Raises KubeRayError where it has no Ray cluster that answers.
     """
     import httpx
-
-    from labkit.cluster.kuberay import KubeRayError
 
     status = ray.get("RayService", service).get("status", {})
     clusters = [

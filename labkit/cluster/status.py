@@ -14,7 +14,8 @@ from labkit.cluster.diagnose import Line
 from labkit.serving.deployment import APP_NAME
 
 if TYPE_CHECKING:
-    from labkit.cluster.kuberay import KubeRay, Manifests
+    from labkit.cluster.kuberay import KubeRay
+    from labkit.cluster.objects import Manifests
 
 Manifest = dict[str, Any]
 OPERATOR = "app.kubernetes.io/component=kuberay-operator"

@@ -133,6 +133,10 @@ def test_the_replicas_logs_are_shown(served: str) -> None:
     text = labkit("logs", "lab", "-n", served)
     assert "model-lab" in text
     assert "Ingress" in text
+    lines = [json.loads(line) for line in labkit("logs", "lab", "-n", served, "--json").splitlines()]
+    assert [line["line"] for line in lines if line["line"].startswith("==")] and {
+        (line["kind"], line["name"]) for line in lines
+    } == {("RayService", "lab")}
     names = labkit("logs", "-n", served)
     pods = re.findall(r"^(\S+)\s+Pod$", names, re.MULTILINE)
     assert len(pods) == 2
