@@ -304,27 +304,23 @@ def _serve(ray: KubeRay, service: Manifest) -> tuple[bool, str]:
 
 def _answer(ray: KubeRay, plan: Plan, say: Say) -> str:
     """Each alias must be answered by the checkpoint that was asked for: an update in place takes a while after the
-    operator calls the service ready.
+    operator calls the service ready, and may fail after it.
     """
-    names, deadline = [], time.monotonic() + plan.timeout
     with ray.port_forward(serving_service(plan.name), PORT) as forward:
-        for deployment in plan.deployments:
-            while True:
+
+        def look(_: KubeRay, __: Manifest) -> tuple[bool, str]:
+            found = []
+            for name in (deployment.name for deployment in plan.deployments):
                 try:
-                    name = client.one_token(forward.url, alias(deployment.name))
-                    found = f"{alias(deployment.name)} is answered by {name}"
-                    if name == deployment.name:
-                        break
+                    by = client.one_token(forward.url, alias(name))
                 except RuntimeError as error:
-                    found = f"{error}{f' ({forward.trouble})' if forward.trouble else ''}"
-                if time.monotonic() > deadline:
-                    raise TimeoutError(
-                        f"{deployment.name} does not answer after {plan.timeout:.0f} s: {found}"
-                    )
-                say(found)
-                time.sleep(POLL_S)
-            names.append(found)
-    return "; ".join(names)
+                    return False, f"{error}{f' ({forward.trouble})' if forward.trouble else ''}"
+                found.append(f"{alias(name)} is answered by {by}")
+                if by != name:
+                    return False, f"{found[-1]}, not yet by {name}"
+            return True, "; ".join(found)
+
+        return _until(ray, plan, "an answer", look, say)
 
 
 # Helpers

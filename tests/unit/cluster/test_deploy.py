@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -145,3 +147,23 @@ def test_without_a_cluster_each_command_says_how_to_name_one(
     ):
         with pytest.raises(RuntimeError, match="LABKIT_KUBE_CONTEXT"):
             run(*command)
+
+
+def test_an_update_that_fails_after_the_service_was_ready_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The old replicas answer on, and the service is ready with them."""
+    ray = SimpleNamespace(
+        get=lambda kind, name: {}, port_forward=lambda *_: nullcontext(SimpleNamespace(url="", trouble=""))
+    )
+    plan = deploy.Plan([Deployment(checkpoint="/checkpoints/none", name="lab@none")], timeout=30)
+    monkeypatch.setattr(deploy.client, "one_token", lambda url, name: "lab@tiny")
+    monkeypatch.setattr(deploy, "POLL_S", 0.01)
+    monkeypatch.setattr(deploy, "LOOK_S", 0.0)
+    monkeypatch.setattr(deploy, "_problems", lambda ray, known, now: {"DEPLOY_FAILED: no model": now - 100})
+    said: list[str] = []
+    with pytest.raises(RuntimeError, match="an answer will not come:\n  DEPLOY_FAILED: no model"):
+        deploy._answer(ray, plan, said.append)
+    monkeypatch.setattr(deploy, "_problems", lambda ray, known, now: {})
+    plan = deploy.Plan([Deployment(checkpoint="tiny", name="lab@tiny")])
+    assert deploy._answer(ray, plan, said.append) == "lab is answered by lab@tiny"
