@@ -253,6 +253,7 @@ def describe(spec: QuantSpec) -> str:
         "none": "symmetric, no zero point",
         "int": f"one zero point, an integer of {spec.bits} bits",
         "float": "one zero point, a float",
+        "mean": "less the mean of the tensor, a float",
     }[spec.zero]
     return f"{shared} share one {spec.scale} scale; {zero}"
 
