@@ -62,10 +62,13 @@ def quantiles(x: Tensor, k: int) -> Tensor:
 
 
 def _sums(x: Tensor, weight: Tensor | None) -> Sums:
-    x, order = x.double().sort(dim=1)
-    w = torch.ones_like(x) if weight is None else weight.double().gather(1, order)
-    none = (w.sum(dim=1, keepdim=True) == 0).double()
-    w = w + none  # where nothing is important, everything is
+    x = x.double()
+    w = torch.ones_like(x) if weight is None else weight.double()
+    w = torch.where((w == 0).all(dim=1, keepdim=True), 1, w)  # where nothing is important, everything is
+    # Numbers without importance go to the end, out of the way: no sum hears of them.
+    largest = x.masked_fill(w == 0, -torch.inf).amax(dim=1, keepdim=True)
+    x, order = torch.where(w > 0, x, largest).sort(dim=1, stable=True)
+    w = w.gather(1, order)
     return Sums(x, *(torch.nn.functional.pad(part.cumsum(dim=1), (1, 0)) for part in (w, w * x, w * x * x)))
 
 
@@ -106,6 +109,8 @@ def _cells(sums: Sums) -> Tensor:
         return torch.arange(n + 1, device=sums.x.device).expand(problems, -1)
     w = sums.w.diff(dim=1)
     parts = ((w[:, :-1] + w[:, 1:]) / 2) ** (1 / 3) * sums.x.diff(dim=1) ** (2 / 3)
+    # A wide gap, before an outlier, is one border at most: of more, all but one would be of empty cells.
+    parts = parts.minimum(parts.sum(dim=1, keepdim=True) / CELLS)
     upto = torch.nn.functional.pad(parts.cumsum(dim=1), (1, 0))  # (problems, n)
     inner = upto[:, -1:] * torch.arange(1, CELLS, device=upto.device) / CELLS
     return _closed(torch.searchsorted(upto, inner), n)
