@@ -42,12 +42,16 @@ def weights(seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("iterations", [2, 4, 10])
 @pytest.mark.parametrize(("solver", "kappa"), [("legacy", 1.0), ("v2", 1.01)])
-def test_codes_scales_and_zero_points_are_equal(bits: int, iterations: int, solver: str, kappa: float) -> None:
+def test_codes_scales_and_zero_points_are_equal(
+    bits: int, iterations: int, solver: str, kappa: float
+) -> None:
     """They multiply by 1 / scale where we divide by it. A weight that lies on the border between two codes to
     float32's last bit may then get the other one, which moves its group's zero point by 1/64 of a step.
     """
     W = weights(iterations)
-    ours = hqq(W, QuantSpec.parse(f"int{bits} g64 asym-float scale=fp32"), kappa=kappa, iterations=iterations)
+    ours = hqq(
+        W, QuantSpec.parse(f"int{bits} g64 asym-float scale=fp32"), kappa=kappa, iterations=iterations
+    )
     codes, scale, zero, _ = theirs_of(W, bits, solver, iterations)
     torch.testing.assert_close(ours.scale, scale, rtol=1e-6, atol=0)
     moved = (ours.zero - zero).abs() > 1e-4 + 1e-6 * zero.abs()

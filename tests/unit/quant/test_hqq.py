@@ -16,7 +16,14 @@ def heavy(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 def by_the_equations(
-    W: np.ndarray, s: np.ndarray, z: np.ndarray, top: int, p: float, beta: float, kappa: float, iterations: int
+    W: np.ndarray,
+    s: np.ndarray,
+    z: np.ndarray,
+    top: int,
+    p: float,
+    beta: float,
+    kappa: float,
+    iterations: int,
 ) -> np.ndarray:
     """z of groups W (groups, size), with scale s and first z (groups, 1)."""
     least = np.inf
@@ -32,7 +39,9 @@ def by_the_equations(
     return z
 
 
-@pytest.mark.parametrize("options", [{}, {"p": 1.0, "beta": 300.0}, {"p": 0.5, "beta": 50.0, "kappa": 1.3, "iterations": 4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"p": 1.0, "beta": 300.0}, {"p": 0.5, "beta": 50.0, "kappa": 1.3, "iterations": 4}]
+)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_zero_points_are_those_of_the_equations(bits: int, options: dict) -> None:
     W = heavy(12, 96)
