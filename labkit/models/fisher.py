@@ -83,9 +83,10 @@ def fisher_bytes(config: ModelConfig, tokens: int, weights: Collection[int]) -> 
 
     The Fisher itself, one layer's gradient, and what one window's pass keeps for its way back: in each
     decoder layer four vectors of the hidden size, four of the MLP's and five as wide as the queries; the
-    logits four times. Attention's probabilities are not kept: PyTorch's fused attention makes them anew.
+    logits four times. Attention's probabilities are not kept: PyTorch's fused attention makes them anew. A
+    quarter is added for what the way back takes itself, and the allocator.
     """
     q = config.heads * config.head_dim
     layer = 4 * config.hidden_size + 4 * config.intermediate_size + 5 * q
     kept = tokens * (config.layers * layer + 4 * config.vocab_size)
-    return 4 * (sum(weights) + max(weights) + kept)
+    return 5 * (sum(weights) + max(weights) + kept)

@@ -93,8 +93,8 @@ def test_memory_is_what_the_pass_keeps(length: int) -> None:
         F.cross_entropy(logits[0, :-1], window[0, 1:])
     counted = sum(t.untyped_storage().nbytes() for t in kept.values()) + 2 * logits.nbytes
     said = fisher_bytes(model.config, length, [0])
-    assert counted <= said <= 1.3 * counted
-    assert fisher_bytes(model.config, length, [10, 30, 20]) - said == 4 * (60 + 30)
+    assert 1.2 * counted <= said <= 1.6 * counted
+    assert fisher_bytes(model.config, length, [10, 30, 20]) - said == 5 * (60 + 30)
 
 
 def test_what_cannot_be_done_is_refused(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
