@@ -210,7 +210,8 @@ def _key(recipe: Recipe, model: Llama, seed: int) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, tree, seed, torch.__version__]).encode() + _sample(model))
     sources = sorted(Path(labkit.quant.__file__).parent.glob("*.py"))
     sources += [
-        Path(__file__).with_name(f"{part}.py") for part in ("calibrate", "protocol", "quantize", "texts")
+        Path(__file__).with_name(f"{part}.py")
+        for part in ("calibrate", "fisher", "protocol", "quantize", "texts")
     ]
     for path in sources:
         digest.update(path.read_bytes())

@@ -156,7 +156,8 @@ class Recipe:
         """Which rule quantizes which layer, for the layers that are quantized, in the order given.
 
         Raises ValueError before any work is done for a method that ``methods`` lacks, an option that the
-        method does not take, a quantizing rule that matches no layer, and a recipe that quantizes nothing.
+        method does not take, a spec that it cannot do, a quantizing rule that matches no layer, and a recipe
+        that quantizes nothing.
         """
         for rule in self.rules:
             if rule.method is None:
@@ -172,6 +173,11 @@ class Recipe:
                     f"recipe {self.name}: method {rule.method!r} has no option "
                     f"{', '.join(sorted(unknown))}; it takes {', '.join(sorted(known)) or 'none'}"
                 )
+            if check := getattr(methods[rule.method], "check", None):
+                try:
+                    check(rule.weight, **rule.options)
+                except ValueError as error:
+                    raise ValueError(f"recipe {self.name}: rule {rule.match!r}: {error}") from None
             if not any(fnmatchcase(layer, rule.match) for layer in layers):
                 raise ValueError(
                     f"recipe {self.name}: rule {rule.match!r} matches no linear layer of the model, whose "
@@ -190,7 +196,7 @@ class Recipe:
 
     @property
     def calibrated(self) -> bool:
-        """Whether any rule's method needs statistics of the layers' inputs."""
+        """Whether any rule's method needs statistics, and so text."""
         return any(needs(METHODS[r.method]) for r in self.rules if r.method in METHODS)
 
     def __str__(self) -> str:
@@ -253,6 +259,7 @@ def describe(spec: QuantSpec) -> str:
         "none": "symmetric, no zero point",
         "int": f"one zero point, an integer of {spec.bits} bits",
         "float": "one zero point, a float",
+        "mean": "less the mean of the tensor, a float",
     }[spec.zero]
     return f"{shared} share one {spec.scale} scale; {zero}"
 

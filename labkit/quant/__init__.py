@@ -7,7 +7,11 @@ from labkit.quant.fit import fit, params_for
 from labkit.quant.formats import round_to_format, values_of
 from labkit.quant.gptq import GPTQWarning, gptq
 from labkit.quant.grid import Grid, grid
+from labkit.quant.hqq import hqq
+from labkit.quant.kmeans import kmeans, quantile, squeezellm
+from labkit.quant.lloyd import lloyd, near_optimal
 from labkit.quant.methods import METHODS
+from labkit.quant.moving_average import MovingAverage
 from labkit.quant.observers import OBSERVERS, Observer
 from labkit.quant.rtn import rtn
 from labkit.quant.spec import QuantSpec
@@ -20,6 +24,7 @@ __all__ = [
     "Blocks",
     "GPTQWarning",
     "Grid",
+    "MovingAverage",
     "Observer",
     "Packed",
     "Params",
@@ -32,11 +37,17 @@ __all__ = [
     "gptq",
     "grid",
     "hessian_error",
+    "hqq",
+    "kmeans",
+    "lloyd",
     "mse",
+    "near_optimal",
     "params_for",
+    "quantile",
     "round_to_format",
     "rounding_and_clipping",
     "rtn",
     "sqnr_db",
+    "squeezellm",
     "values_of",
 ]

@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from labkit.quant.gptq import gptq
+from labkit.quant.hqq import hqq
+from labkit.quant.kmeans import kmeans, quantile, squeezellm
 from labkit.quant.rtn import rtn
 from labkit.quant.tensor import QuantizedTensor
 
-# method(weight, spec, stats=None, **options); method.needs names the fields of Stats it cannot do without
+# method(weight, spec, stats=None, **options); method.needs names the fields of Stats it cannot do without,
+# method.check(spec, **options), where there is one, raises ValueError for what it cannot do
 Method = Callable[..., QuantizedTensor]
-METHODS: dict[str, Method] = {"rtn": rtn, "gptq": gptq}
+METHODS: dict[str, Method] = {
+    "rtn": rtn,
+    "gptq": gptq,
+    "hqq": hqq,
+    "kmeans": kmeans,
+    "squeezellm": squeezellm,
+    "quantile": quantile,
+}
