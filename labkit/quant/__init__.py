@@ -1,5 +1,6 @@
 """One tensor at a time: numbers in, codes and scales out. Needs torch and nothing else."""
 
+from labkit.quant.adaround import FellBack, adaround
 from labkit.quant.blocks import Blocks
 from labkit.quant.encode import encode, fake_quantize
 from labkit.quant.error import hessian_error, mse, rounding_and_clipping, sqnr_db
@@ -7,6 +8,7 @@ from labkit.quant.fit import fit, params_for
 from labkit.quant.formats import round_to_format, values_of
 from labkit.quant.gptq import GPTQWarning, gptq
 from labkit.quant.grid import Grid, grid
+from labkit.quant.lsq import lsq, lsq_encode, lsq_start
 from labkit.quant.methods import METHODS
 from labkit.quant.observers import OBSERVERS, Observer
 from labkit.quant.rtn import rtn
@@ -18,6 +20,7 @@ __all__ = [
     "METHODS",
     "OBSERVERS",
     "Blocks",
+    "FellBack",
     "GPTQWarning",
     "Grid",
     "Observer",
@@ -26,12 +29,16 @@ __all__ = [
     "QuantSpec",
     "QuantizedTensor",
     "Stats",
+    "adaround",
     "encode",
     "fake_quantize",
     "fit",
     "gptq",
     "grid",
     "hessian_error",
+    "lsq",
+    "lsq_encode",
+    "lsq_start",
     "mse",
     "params_for",
     "round_to_format",

@@ -20,7 +20,7 @@ from labkit.quant.fit import check_finite, fit, working
 from labkit.quant.grid import Grid
 from labkit.quant.observers import Observer
 from labkit.quant.spec import QuantSpec
-from labkit.quant.stats import Stats
+from labkit.quant.stats import Stats, hessian_for
 from labkit.quant.tensor import Params, QuantizedTensor
 
 # update(weights_right (out, remaining), error (out,), hinv_row (remaining,)) -> new weights_right
@@ -71,7 +71,7 @@ def gptq(
     """
     check_finite(weight)
     W = working(weight.detach())
-    H = _hessian(stats, W)
+    H = hessian_for(W, stats)
     if W.numel() == 0:
         return encode(W, spec, fit(W, spec, observer))
     rows, columns = W.shape
@@ -169,20 +169,6 @@ def _update_right(right: Tensor, err: Tensor, hinv_row: Tensor, update: Update |
         if new.shape != right.shape:
             raise ValueError(f"update must return shape {tuple(right.shape)}, found {tuple(new.shape)}")
         right.copy_(new)
-
-
-def _hessian(stats: Stats | None, W: Tensor) -> Tensor:
-    if stats is None:
-        raise ValueError("gptq needs stats with the hessian of the layer's inputs: Stats.of(inputs)")
-    H = stats.hessian
-    if W.ndim != 2 or H.shape != (W.shape[1], W.shape[1]):
-        raise ValueError(
-            f"expected a weight (out, in) and a hessian (in, in); "
-            f"found {tuple(W.shape)} and {tuple(H.shape)}"
-        )
-    if not bool(H.isfinite().all()):
-        raise ValueError("the hessian holds NaN or infinity: look at the calibration inputs of this layer")
-    return H
 
 
 def _per_weight(params: Params, blocks: Blocks, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from labkit.quant.adaround import adaround
 from labkit.quant.gptq import gptq
 from labkit.quant.rtn import rtn
 from labkit.quant.tensor import QuantizedTensor
 
 # method(weight, spec, stats=None, **options); method.needs names the fields of Stats it cannot do without
 Method = Callable[..., QuantizedTensor]
-METHODS: dict[str, Method] = {"rtn": rtn, "gptq": gptq}
+METHODS: dict[str, Method] = {"rtn": rtn, "gptq": gptq, "adaround": adaround}

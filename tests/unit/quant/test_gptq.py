@@ -215,10 +215,12 @@ def test_dead_columns_are_rounded_to_nearest_and_disturb_nobody():
     assert torch.equal(found[:, alive], without)
 
 
-def test_no_inputs_at_all_is_round_to_nearest():
+def test_inputs_of_zeros_only_are_round_to_nearest_and_no_inputs_are_refused():
     weight, _ = correlated(4, 16, seed=0)
     spec = QuantSpec.parse("int4 g8")
-    assert torch.equal(gptq(weight, spec, Stats.empty(16)).codes, rtn(weight, spec).codes)
+    assert torch.equal(gptq(weight, spec, Stats.of(torch.zeros(3, 16))).codes, rtn(weight, spec).codes)
+    with pytest.raises(ValueError, match="calibration is empty"):
+        gptq(weight, spec, Stats.empty(16))
 
 
 def test_recovers_from_a_failed_cholesky_and_says_so():
@@ -322,7 +324,8 @@ def test_methods_are_called_alike():
     weight, inputs = correlated(4, 16, seed=0)
     for method in METHODS.values():
         assert method(weight, QuantSpec.parse("int4 g4"), Stats.of(inputs)).shape == (4, 16)
-    assert {name: method.needs for name, method in METHODS.items()} == {"rtn": set(), "gptq": {"hessian"}}
+    needs = {name: method.needs for name, method in METHODS.items()}
+    assert needs | {"rtn": set(), "gptq": {"hessian"}, "adaround": {"hessian"}} == needs
 
 
 def test_stats_do_not_depend_on_how_inputs_are_batched():
