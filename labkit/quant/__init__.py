@@ -7,9 +7,11 @@ from labkit.quant.fit import fit, params_for
 from labkit.quant.formats import round_to_format, values_of
 from labkit.quant.gptq import GPTQWarning, gptq
 from labkit.quant.grid import Grid, grid
+from labkit.quant.hadamard import hadamard, hadamard_block, hadamard_transform
 from labkit.quant.methods import METHODS
 from labkit.quant.observers import OBSERVERS, Observer
 from labkit.quant.rtn import rtn
+from labkit.quant.rtn_clip import rtn_clip
 from labkit.quant.spec import QuantSpec
 from labkit.quant.stats import Stats
 from labkit.quant.tensor import Packed, Params, QuantizedTensor
@@ -31,12 +33,16 @@ __all__ = [
     "fit",
     "gptq",
     "grid",
+    "hadamard",
+    "hadamard_block",
+    "hadamard_transform",
     "hessian_error",
     "mse",
     "params_for",
     "round_to_format",
     "rounding_and_clipping",
     "rtn",
+    "rtn_clip",
     "sqnr_db",
     "values_of",
 ]

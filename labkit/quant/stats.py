@@ -41,3 +41,21 @@ class Stats:
         self.samples += len(x)
         self.hessian *= 1 - len(x) / self.samples
         self.hessian.addmm_(x.T, x, alpha=1 / self.samples)
+
+
+def hessian_of(stats: Stats | None, weight: Tensor, method: str) -> Tensor:
+    """The hessian (in, in) of the inputs of ``weight`` (out, in), for ``method``, which cannot do without.
+
+    Raises ValueError where it is missing, has another shape, or holds NaN or infinity.
+    """
+    if stats is None:
+        raise ValueError(f"{method} needs stats with the hessian of the layer's inputs: Stats.of(inputs)")
+    H = stats.hessian
+    if weight.ndim != 2 or H.shape != (weight.shape[1], weight.shape[1]):
+        raise ValueError(
+            f"expected a weight (out, in) and a hessian (in, in); "
+            f"found {tuple(weight.shape)} and {tuple(H.shape)}"
+        )
+    if not bool(H.isfinite().all()):
+        raise ValueError("the hessian holds NaN or infinity: look at the calibration inputs of this layer")
+    return H
