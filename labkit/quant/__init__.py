@@ -6,6 +6,7 @@ from labkit.quant.error import hessian_error, mse, rounding_and_clipping, sqnr_d
 from labkit.quant.fit import fit, params_for
 from labkit.quant.formats import round_to_format, values_of
 from labkit.quant.gptq import GPTQWarning, gptq
+from labkit.quant.gptq_layout import from_gptq, to_gptq
 from labkit.quant.grid import Grid, grid
 from labkit.quant.hadamard import hadamard, hadamard_block, hadamard_transform
 from labkit.quant.methods import METHODS
@@ -31,6 +32,7 @@ __all__ = [
     "encode",
     "fake_quantize",
     "fit",
+    "from_gptq",
     "gptq",
     "grid",
     "hadamard",
@@ -44,5 +46,6 @@ __all__ = [
     "rtn",
     "rtn_clip",
     "sqnr_db",
+    "to_gptq",
     "values_of",
 ]
