@@ -1,7 +1,8 @@
 """A whole model: load it, transform it, calibrate, quantize, evaluate, save."""
 
 from labkit.models import checkpoint, protocol
-from labkit.models.calibrate import hessians
+from labkit.models.awq import awq_scale
+from labkit.models.calibrate import ModelStats, hessians
 from labkit.models.checkpoint import checkpoint_for, save
 from labkit.models.config import ModelConfig
 from labkit.models.evaluate import Report, compare, evaluate, sizes
@@ -9,12 +10,15 @@ from labkit.models.llama import Cache, GrowingCache, Linear, Llama, visible
 from labkit.models.off_grid import off_grid
 from labkit.models.protocol import Protocol, calibration_windows, protocol_for
 from labkit.models.quantize import Made, quantize
-from labkit.models.recipe import Calibration, Recipe, Rule
+from labkit.models.recipe import Calibration, Recipe, Rule, Transform
+from labkit.models.rotate import RotationWarning, online, rotate
 from labkit.models.store import load
 from labkit.models.texts import Chapter, chapters
 from labkit.models.tokenizer import Tokenizer, TokenStream
+from labkit.models.transforms import TRANSFORMS
 
 __all__ = [
+    "TRANSFORMS",
     "Cache",
     "Calibration",
     "Chapter",
@@ -23,12 +27,16 @@ __all__ = [
     "Llama",
     "Made",
     "ModelConfig",
+    "ModelStats",
     "Protocol",
     "Recipe",
     "Report",
+    "RotationWarning",
     "Rule",
     "TokenStream",
     "Tokenizer",
+    "Transform",
+    "awq_scale",
     "calibration_windows",
     "chapters",
     "checkpoint",
@@ -38,9 +46,11 @@ __all__ = [
     "hessians",
     "load",
     "off_grid",
+    "online",
     "protocol",
     "protocol_for",
     "quantize",
+    "rotate",
     "save",
     "sizes",
     "visible",

@@ -5,7 +5,11 @@ tokenizer.json, tokenizer_config.json
 model.safetensors      packed codes, scales and zero points as NAME.weight.codes, NAME.weight.scale, ...;
                        layers left alone as NAME.weight in float32
 labkit.json            format version, model, recipe with every option written out, seed, protocol hash,
-                       the spec of each layer, size and sha256 of model.safetensors, package versions
+                       the spec of each layer, online transforms, size and sha256 of model.safetensors,
+                       package versions
+
+A model with online transforms (see ``rotate``) is not the architecture it was: config.json names it
+labkit_rotated_llama, so that programs which know nothing of them find no such model and say so.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from labkit.models.llama import Llama
 from labkit.models.protocol import protocol_for
 from labkit.models.quantize import Made, quantize
 from labkit.models.recipe import Recipe
+from labkit.models.rotate import online, restore
 from labkit.models.store import MARKER, build
 from labkit.models.store import load as load_model
 from labkit.models.tokenizer import Tokenizer
@@ -40,6 +45,7 @@ from labkit.settings import settings
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
+ROTATED = "labkit_rotated_"  # before model_type and architecture where online transforms stand
 _PACKAGES = ("labkit", "torch", "safetensors", "tokenizers")
 
 
@@ -67,6 +73,9 @@ def save(model: Llama, folder: Path | str, *, overwrite: bool = False) -> Path:
             tensors[name] = tensor.detach().contiguous()
     made = model.made
     config = {**model.config.to_hf(), "quantization_config": {"quant_method": "labkit", "format": FORMAT}}
+    if transforms := online(model):
+        config["model_type"] = ROTATED + config["model_type"]
+        config["architectures"] = [ROTATED + name for name in config["architectures"]]
     protocol = protocol_for(model.tokenizer)
     with whole_folder(folder, overwrite=overwrite) as part:
         save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
@@ -84,6 +93,7 @@ def save(model: Llama, folder: Path | str, *, overwrite: bool = False) -> Path:
             "eos_ids": list(model.tokenizer.eos_ids),
             "weights": {"bytes": (part / WEIGHTS).stat().st_size, "sha256": _sha256(part / WEIGHTS)},
             "layers": layers,
+            "online": transforms,
             "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -116,6 +126,10 @@ def load(folder: Path | str) -> Llama:
         tensors = load_file(path)
         hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         hf.pop("quantization_config", None)
+        transforms = marker.get("online", {})
+        if transforms:
+            hf["model_type"] = hf["model_type"].removeprefix(ROTATED)
+        signs = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".signs")}
         config = ModelConfig.from_hf(hf, str(folder / "config.json"))
         weights = {
             name: QuantizedTensor.unpack(Packed(_take(tensors, f"{name}.weight."), metadata))
@@ -132,6 +146,12 @@ def load(folder: Path | str) -> Llama:
     stand_ins = {f"{name}.weight": torch.empty(1).expand(weight.shape) for name, weight in weights.items()}
     tokenizer = Tokenizer.from_folder(folder, eos_ids)
     model = build(config, {**tensors, **stand_ins}, tokenizer, marker["model"])
+    try:
+        restore(model, transforms, signs)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint {folder} cannot be read ({error}); make it again with labkit quantize"
+        ) from error
     linears = model.linears()
     for name, weight in weights.items():
         linears[name].weight = weight
@@ -210,7 +230,8 @@ def _key(recipe: Recipe, model: Llama, seed: int) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, tree, seed, torch.__version__]).encode() + _sample(model))
     sources = sorted(Path(labkit.quant.__file__).parent.glob("*.py"))
     sources += [
-        Path(__file__).with_name(f"{part}.py") for part in ("calibrate", "protocol", "quantize", "texts")
+        Path(__file__).with_name(f"{part}.py")
+        for part in ("awq", "calibrate", "fold", "protocol", "quantize", "rotate", "texts")
     ]
     for path in sources:
         digest.update(path.read_bytes())

@@ -161,7 +161,7 @@ def sizes(model: Llama) -> tuple[float, float, int]:
     """
     linears = model.linears()
     packed = [m.weight for m in linears.values() if not isinstance(m.weight, Tensor)]
-    plain = {id(p): p for p in model.parameters()}.values()
+    plain = {id(p): p for p in model.state_dict(keep_vars=True).values()}.values()
     bits = 8 * sum(w.nbytes for w in packed)
     count = sum(w.shape.numel() for w in packed)
     total_bytes = bits // 8 + sum(p.nbytes for p in plain)
@@ -198,7 +198,7 @@ def _final(model: Llama, tokens: Tensor, what: str, progress: bool | None) -> Te
         for linear in block.modules():
             if isinstance(linear, Linear):
                 linear.weight = torch.empty(0)  # the copy's: let go of the float32 weights
-    return work.model.norm(x)
+    return work.final(x)
 
 
 def _score(

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from labkit.models.calibrate import Inputs, bar, shared_copy, walk
+from labkit.models.calibrate import Inputs, ModelStats, bar, shared_copy, walk
 from labkit.models.llama import Linear, Llama
 from labkit.models.protocol import calibration_windows
 from labkit.models.recipe import Method, Recipe, Rule, needs
+from labkit.models.transforms import TRANSFORMS
 from labkit.quant import METHODS, QuantizedTensor
 
 
@@ -42,8 +43,8 @@ def quantize(
     methods: Mapping[str, Method] = METHODS,
     progress: bool | None = None,
 ) -> Llama:
-    """A new model with the recipe's layers quantized. The original is not changed; what is left alone is
-    shared with it.
+    """A new model: the recipe's transforms in order, then its layers quantized. The original is not changed;
+    what is left alone is shared with it.
 
     seed       which calibration windows are drawn, for methods that look at text
     propagate  True: each layer's statistics come from inputs that the already quantized layers before it
@@ -65,6 +66,15 @@ def quantize(
         )
     made = Made(model.name, model.seed, recipe, seed, propagate)
     work = shared_copy(model)
+    calibration = recipe.calibration
+    tokens = None
+    if recipe.calibrated or any(_needs(rule, methods) for rule in plan.values()):
+        tokens = calibration_windows(model.tokenizer, calibration.windows, calibration.tokens, seed)
+    for step in recipe.transforms:
+        grids = {name: rule.weight for name, rule in plan.items() if rule.weight is not None}
+        stats = None if tokens is None else ModelStats(tokens, grids, progress)
+        TRANSFORMS[step.name](work, stats, **step.options)
+    linears = work.linears()
     done: dict[str, QuantizedTensor] = {}
 
     def visit(name: str, linear: Linear, inputs: Inputs) -> None:
@@ -72,16 +82,13 @@ def quantize(
         if propagate:
             linear.weight = done[name].dequantize()
 
-    if any(_needs(rule, methods) for rule in plan.values()):
-        calibration = recipe.calibration
-        tokens = calibration_windows(model.tokenizer, calibration.windows, calibration.tokens, seed)
+    if tokens is not None and any(_needs(rule, methods) for rule in plan.values()):
         walk(work, tokens, visit, plan, progress=progress, what=recipe.name)
     else:
         for name in bar(list(plan), recipe.name, progress):
             done[name] = _apply(name, linears[name], plan[name], methods, None)
-    for name, linear in work.linears().items():
-        if name in done:
-            linear.weight = done[name]
+    for name, weight in done.items():
+        linears[name].weight = weight
     work.made = made
     return work
 

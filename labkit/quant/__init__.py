@@ -7,11 +7,14 @@ from labkit.quant.error import hessian_error, mse, rounding_and_clipping, sqnr_d
 from labkit.quant.fit import fit, params_for
 from labkit.quant.formats import round_to_format, values_of
 from labkit.quant.gptq import GPTQWarning, gptq
+from labkit.quant.gptq_layout import from_gptq, to_gptq
 from labkit.quant.grid import Grid, grid
+from labkit.quant.hadamard import hadamard, hadamard_block, hadamard_transform
 from labkit.quant.lsq import lsq, lsq_encode, lsq_start
 from labkit.quant.methods import METHODS
 from labkit.quant.observers import OBSERVERS, Observer
 from labkit.quant.rtn import rtn
+from labkit.quant.rtn_clip import rtn_clip
 from labkit.quant.spec import QuantSpec
 from labkit.quant.stats import Stats
 from labkit.quant.tensor import Packed, Params, QuantizedTensor
@@ -33,8 +36,12 @@ __all__ = [
     "encode",
     "fake_quantize",
     "fit",
+    "from_gptq",
     "gptq",
     "grid",
+    "hadamard",
+    "hadamard_block",
+    "hadamard_transform",
     "hessian_error",
     "lsq",
     "lsq_encode",
@@ -44,6 +51,8 @@ __all__ = [
     "round_to_format",
     "rounding_and_clipping",
     "rtn",
+    "rtn_clip",
     "sqnr_db",
+    "to_gptq",
     "values_of",
 ]

@@ -23,7 +23,7 @@ from labkit.quant.encode import encode
 from labkit.quant.fit import check_finite, fit, working
 from labkit.quant.observers import Observer
 from labkit.quant.spec import QuantSpec
-from labkit.quant.stats import Stats, hessian_for
+from labkit.quant.stats import Stats, hessian_of
 from labkit.quant.tensor import QuantizedTensor
 
 ZETA, GAMMA = 1.1, -0.1
@@ -65,7 +65,7 @@ def adaround(
     adaround_check(spec)
     check_finite(weight)
     W = working(weight.detach())
-    H = hessian_for(W, stats).to(W)
+    H = hessian_of(stats, W, "adaround").to(W)
     params = fit(W, spec, observer)
     nearest = encode(W, spec, params)
     if W.numel() == 0:

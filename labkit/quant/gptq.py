@@ -20,7 +20,7 @@ from labkit.quant.fit import check_finite, fit, working
 from labkit.quant.grid import Grid
 from labkit.quant.observers import Observer
 from labkit.quant.spec import QuantSpec
-from labkit.quant.stats import Stats, hessian_for
+from labkit.quant.stats import Stats, hessian_of
 from labkit.quant.tensor import Params, QuantizedTensor
 
 # update(weights_right (out, remaining), error (out,), hinv_row (remaining,)) -> new weights_right
@@ -59,6 +59,7 @@ def gptq(
     static_groups  fit every scale on the weights as they came, instead of each group's when its turn comes,
                    on columns that already make up for those before it. Scales that are quantized
                    themselves or lie along flat runs are always static
+    observer       chooses the range of each group's grid: minmax, or mse, which clips where that rounds better
     update         your own rank-one update, for W[:, j+1:] - err U[j, j+1:] within a block: takes
                    weights_right (out, remaining), error (out,) and hinv_row (remaining,), returns
                    the new weights_right. It gets views and may work in place
@@ -71,7 +72,7 @@ def gptq(
     """
     check_finite(weight)
     W = working(weight.detach())
-    H = hessian_for(W, stats)
+    H = hessian_of(stats, W, "gptq")
     if W.numel() == 0:
         return encode(W, spec, fit(W, spec, observer))
     rows, columns = W.shape
@@ -114,7 +115,7 @@ def gptq(
     # W lies on the grid now, so encode only names its codes.
     if static:
         return encode(W[:, back].contiguous(), spec, fitted[0])
-    tensor = encode(W.contiguous(), spec, _side_by_side(fitted))
+    tensor = encode(W.contiguous(), spec, Params.side_by_side(fitted))
     if not act_order:
         return tensor
     return replace(tensor, codes=tensor.codes[:, back].contiguous(), g_idx=(back // group).int())
@@ -184,10 +185,3 @@ def _per_weight(params: Params, blocks: Blocks, dtype: torch.dtype) -> tuple[Ten
 def _columns_contiguous(x: Tensor) -> Tensor:
     """The same matrix, stored column by column: that is how the loop reads and writes it."""
     return x.T.contiguous().T
-
-
-def _side_by_side(groups: list[Params]) -> Params:
-    """Neighbouring groups' parameters as those of the whole matrix."""
-    scales = [group.scale for group in groups if isinstance(group.scale, Tensor)]
-    zeros = [group.zero for group in groups if group.zero is not None]
-    return Params(torch.cat(scales, dim=1), torch.cat(zeros, dim=1) if zeros else None)

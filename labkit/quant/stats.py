@@ -43,13 +43,13 @@ class Stats:
         self.hessian.addmm_(x.T, x, alpha=1 / self.samples)
 
 
-def hessian_for(weight: Tensor, stats: Stats | None) -> Tensor:
-    """The hessian (in, in) of the inputs of ``weight`` (out, in).
+def hessian_of(stats: Stats | None, weight: Tensor, method: str) -> Tensor:
+    """The hessian (in, in) of the inputs of ``weight`` (out, in), for ``method``, which cannot do without.
 
-    Raises ValueError where there is none, has another shape, has seen no input, or is not finite.
+    Raises ValueError where it is missing, has another shape, has seen nothing, or holds NaN or infinity.
     """
     if stats is None:
-        raise ValueError("this method needs stats with the hessian of the layer's inputs: Stats.of(inputs)")
+        raise ValueError(f"{method} needs stats with the hessian of the layer's inputs: Stats.of(inputs)")
     H = stats.hessian
     if weight.ndim != 2 or H.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(
