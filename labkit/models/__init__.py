@@ -6,6 +6,7 @@ from labkit.models.calibrate import ModelStats, hessians
 from labkit.models.checkpoint import checkpoint_for, save
 from labkit.models.config import ModelConfig
 from labkit.models.evaluate import Report, compare, evaluate, sizes
+from labkit.models.fisher import fisher
 from labkit.models.llama import Cache, GrowingCache, Linear, Llama, visible
 from labkit.models.off_grid import off_grid
 from labkit.models.protocol import Protocol, calibration_windows, protocol_for
@@ -43,6 +44,7 @@ __all__ = [
     "checkpoint_for",
     "compare",
     "evaluate",
+    "fisher",
     "hessians",
     "load",
     "off_grid",

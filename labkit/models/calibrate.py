@@ -142,7 +142,7 @@ def shared_copy(model: Llama) -> Llama:
     return copy.deepcopy(model, memo)
 
 
-def bar(steps: Sequence[T], what: str, progress: bool | None) -> Iterable[T]:
+def bar(steps: Sequence[T], what: str, progress: bool | None, unit: str = "layer") -> Iterable[T]:
     """A progress bar over ``steps``; ``progress=None`` leaves it to ``LABKIT_PROGRESS``."""
     shown = settings().progress if progress is None else progress
-    return tqdm(steps, desc=what, disable=not shown, leave=False, unit="layer")
+    return tqdm(steps, desc=what, disable=not shown, leave=False, unit=unit)

@@ -231,7 +231,7 @@ def _key(recipe: Recipe, model: Llama, seed: int) -> str:
     sources = sorted(Path(labkit.quant.__file__).parent.glob("*.py"))
     sources += [
         Path(__file__).with_name(f"{part}.py")
-        for part in ("awq", "calibrate", "fold", "protocol", "quantize", "rotate", "texts")
+        for part in ("awq", "calibrate", "fisher", "fold", "protocol", "quantize", "rotate", "texts")
     ]
     for path in sources:
         digest.update(path.read_bytes())

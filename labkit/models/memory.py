@@ -1,6 +1,9 @@
-"""How many bytes a model needs, from its shapes alone: weights, scales, KV cache. Nothing is loaded."""
+"""How many bytes a model needs, from its shapes alone: weights, scales, KV cache. And how many are free."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 from labkit.models.config import ModelConfig
 
@@ -52,3 +55,35 @@ def weight_bytes(count: int, bits: float, group: int | None = None, scale_bits: 
 def kv_bytes(config: ModelConfig, tokens: int, bits: float = 16) -> float:
     """Bytes of the keys and values of ``tokens`` tokens, over all layers; a sliding window is not counted off."""
     return 2 * config.layers * config.kv_heads * config.head_dim * tokens * bits / 8
+
+
+def available(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes this process can still take: what the machine has free, or what its cgroup leaves, if less.
+
+    None where neither is known (no Linux). What files occupy counts as free: it is given up when asked for.
+    """
+    limits = []
+    if found := re.search(r"MemAvailable:\s+(\d+) kB", _read(meminfo)):
+        limits.append(1024 * int(found[1]))
+    limit, used = (_read(cgroup / name).strip() for name in ("memory.max", "memory.current"))
+    if limit.isdigit() and used.isdigit():
+        files = re.search(r"^file (\d+)", _read(cgroup / "memory.stat"), flags=re.MULTILINE)
+        limits.append(int(limit) - int(used) + (int(files[1]) if files else 0))
+    return max(0, min(limits)) if limits else None
+
+
+def require(needed: int, what: str) -> None:
+    """Raises MemoryError, before any work, where ``what`` needs more bytes than are free."""
+    free = available()
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"{what} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; close other programs, take "
+            f"shorter windows or fewer layers, or a smaller model"
+        )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

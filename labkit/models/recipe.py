@@ -184,7 +184,8 @@ class Recipe:
         """Which rule quantizes which layer, for the layers that are quantized, in the order given.
 
         Raises ValueError before any work is done for a method that ``methods`` lacks or a transform that
-        there is not, an option that it does not take, a quantizing rule that matches no layer, and a recipe
+        there is not, an option that it does not take, a spec that the method cannot do, a quantizing rule
+        that matches no layer, and a recipe
         that quantizes nothing.
         """
         for step in self.transforms:
@@ -203,6 +204,11 @@ class Recipe:
                     f"{', '.join(sorted(methods))}"
                 )
             self._check_options("method", rule.method, methods[rule.method], rule.options)
+            if check := getattr(methods[rule.method], "check", None):
+                try:
+                    check(rule.weight, **rule.options)
+                except ValueError as error:
+                    raise ValueError(f"recipe {self.name}: rule {rule.match!r}: {error}") from None
             if not any(fnmatchcase(layer, rule.match) for layer in layers):
                 raise ValueError(
                     f"recipe {self.name}: rule {rule.match!r} matches no linear layer of the model, whose "
@@ -314,6 +320,7 @@ def describe(spec: QuantSpec) -> str:
         "none": "symmetric, no zero point",
         "int": f"one zero point, an integer of {spec.bits} bits",
         "float": "one zero point, a float",
+        "mean": "less the mean of the tensor, a float",
     }[spec.zero]
     return f"{shared} share one {spec.scale} scale; {zero}"
 

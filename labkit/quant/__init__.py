@@ -10,8 +10,12 @@ from labkit.quant.gptq import GPTQWarning, gptq
 from labkit.quant.gptq_layout import from_gptq, to_gptq
 from labkit.quant.grid import Grid, grid
 from labkit.quant.hadamard import hadamard, hadamard_block, hadamard_transform
+from labkit.quant.hqq import hqq
+from labkit.quant.kmeans import kmeans, quantile, squeezellm
+from labkit.quant.lloyd import lloyd, near_optimal
 from labkit.quant.lsq import lsq, lsq_encode, lsq_start
 from labkit.quant.methods import METHODS
+from labkit.quant.moving_average import MovingAverage
 from labkit.quant.observers import OBSERVERS, Observer
 from labkit.quant.rtn import rtn
 from labkit.quant.rtn_clip import rtn_clip
@@ -26,6 +30,7 @@ __all__ = [
     "FellBack",
     "GPTQWarning",
     "Grid",
+    "MovingAverage",
     "Observer",
     "Packed",
     "Params",
@@ -43,16 +48,22 @@ __all__ = [
     "hadamard_block",
     "hadamard_transform",
     "hessian_error",
+    "hqq",
+    "kmeans",
+    "lloyd",
     "lsq",
     "lsq_encode",
     "lsq_start",
     "mse",
+    "near_optimal",
     "params_for",
+    "quantile",
     "round_to_format",
     "rounding_and_clipping",
     "rtn",
     "rtn_clip",
     "sqnr_db",
+    "squeezellm",
     "to_gptq",
     "values_of",
 ]

@@ -106,8 +106,8 @@ def adaround(
     return encode(hard, spec, params)  # hard lies on the grid, so encode only names its codes
 
 
-def adaround_check(spec: QuantSpec) -> None:
-    """Raises ValueError for a format in which down and up are not one code apart."""
+def adaround_check(spec: QuantSpec, **options: object) -> None:
+    """Raises ValueError for a format in which down and up are not one code apart. No option matters."""
     if not spec.is_integer:
         raise ValueError(f"AdaRound rounds down or up between integers, found {spec}; use int2 to int8")
 

@@ -65,8 +65,11 @@ def _check_shapes(params: Params, blocks: Blocks, spec: QuantSpec) -> None:
     if (params.zero is None) != (spec.zero == "none"):
         wanted = "no zero points" if spec.zero == "none" else "zero points"
         raise ValueError(f"{spec} takes {wanted}, found {'none' if params.zero is None else 'some'}")
-    if params.zero is not None and tuple(params.zero.shape) != blocks.grid:
+    zeros = (1,) if spec.zero == "mean" else blocks.grid
+    if params.zero is not None and tuple(params.zero.shape) != zeros:
+        raise ValueError(f"zero points of {spec} must have shape {zeros}, found {tuple(params.zero.shape)}")
+    if params.table is not None and params.table.dim() == 2 and len(params.table) != blocks.matrix[0]:
         raise ValueError(
-            f"zero points must have the shape of the scales, {blocks.grid}, "
-            f"found {tuple(params.zero.shape)}"
+            f"codebooks by row must be as many as {spec} of a tensor {blocks.shape} has rows, "
+            f"{blocks.matrix[0]}; found {len(params.table)}"
         )

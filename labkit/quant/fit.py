@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -24,9 +25,24 @@ def fit(
     the importance of each element, same shape as ``x`` or (columns,). An empty tensor gives an empty grid
     of scales. Raises ValueError for NaN or infinity, and where a scale is too large for its dtype.
     """
+    if spec.zero != "mean":
+        return params_for(*ranges(x, spec, observer, weight), spec)
     check_finite(x)
-    if spec.format == "table4":
-        raise ValueError("table4 has no table yet: learn one and pass Params(scale, table=...) to encode")
+    x = working(x)
+    mean = store_zero(x.mean()[None] if x.numel() else x.new_zeros(1), spec)
+    assert mean is not None
+    return replace(params_for(*ranges(x - mean, spec, observer, weight), spec), zero=mean)
+
+
+def ranges(
+    x: Tensor, spec: QuantSpec, observer: str | Observer = "minmax", weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The lowest and highest number that each block's grid shall cover, both in the shape of the scales.
+
+    Arguments and errors as in ``fit``.
+    """
+    check_finite(x)
+    check_has_values(spec)
     observe = _observer(observer)
     x = working(x)
     blocks = Blocks(tuple(x.shape), spec.block)
@@ -39,7 +55,7 @@ def fit(
         _check_range(low, high, len(part), observer)
         lo[where] = low.reshape(lo[where].shape)
         hi[where] = high.reshape(hi[where].shape)
-    return params_for(lo.reshape(blocks.grid), hi.reshape(blocks.grid), spec)
+    return lo.reshape(blocks.grid), hi.reshape(blocks.grid)
 
 
 def params_for(lo: Tensor, hi: Tensor, spec: QuantSpec) -> Params:
@@ -79,12 +95,12 @@ def store_scale(scale: Tensor, spec: QuantSpec) -> Tensor | QuantizedTensor:
 
 
 def store_zero(zero: Tensor | None, spec: QuantSpec) -> Tensor | None:
-    """Zero points as ``spec`` stores them: uint8 codes, or reals in fp32, bf16 or fp16 as the scales."""
+    """Zero points as ``spec`` stores them: uint8 codes, or reals in ``real_dtype``."""
     if zero is None or spec.zero == "none":
         return None
     if spec.zero == "int":
         return zero.to(torch.uint8)
-    dtype = formats.SCALE_DTYPES[spec.scale] if spec.scale in ("fp32", "bf16") else torch.float16
+    dtype = real_dtype(spec)
     stored = zero.to(dtype)
     if not bool(stored.isfinite().all()):
         raise ValueError(
@@ -92,6 +108,20 @@ def store_zero(zero: Tensor | None, spec: QuantSpec) -> Tensor | None:
             f"the range is far from 0 for its width; use scale=fp32 or an integer zero point"
         )
     return stored
+
+
+def real_dtype(spec: QuantSpec) -> torch.dtype:
+    """What zero points that are reals, and codebooks, are stored as: fp32 or bf16 as the scales, else fp16."""
+    return formats.SCALE_DTYPES[spec.scale] if spec.scale in ("fp32", "bf16") else torch.float16
+
+
+def check_has_values(spec: QuantSpec, **options: object) -> None:
+    """Raises ValueError for a codebook that is still to be learned. ``options`` are not looked at."""
+    if spec.format in formats.LEARNED:
+        raise ValueError(
+            f"{spec.format} has no table yet: the method kmeans learns one, or pass Params(scale, table=...) "
+            f"to encode"
+        )
 
 
 def check_finite(x: Tensor) -> None:

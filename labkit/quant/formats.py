@@ -1,9 +1,10 @@
 """The number formats: which values a few bits can stand for, and how a number is rounded to them.
 
 Every format is a table of values in units of the scale. Integers are evenly spaced; floats are a sign, an
-exponent and a mantissa; ``nf4`` is sixteen quantiles of the normal distribution. Sources: OCP 8-bit
-Floating Point Specification 1.0 (fp8_e4m3, fp8_e5m2), OCP Microscaling Formats 1.0 (fp6, fp4, e8m0), QLoRA
-(arXiv 2305.14314, nf4).
+exponent and a mantissa; ``nf4`` is sixteen quantiles of the normal distribution; ``dynamic8`` trades bits
+of its fraction for decades of range. Sources: IEEE 754 (fp16), OCP 8-bit Floating Point Specification 1.0
+(fp8_e4m3, fp8_e5m2), OCP Microscaling Formats 1.0 (fp6, fp4, e8m0), QLoRA (arXiv 2305.14314, nf4),
+Dettmers 2015 (arXiv 1511.04561, dynamic8).
 """
 
 from __future__ import annotations
@@ -38,11 +39,16 @@ NF4 = (
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """A float: a sign bit, ``exponent`` bits, ``mantissa`` bits; ``largest`` is its largest value."""
+    """A float: a sign bit, ``exponent`` bits, ``mantissa`` bits; ``largest`` is its largest value.
+
+    ``ieee``: the highest exponent means infinity (fraction 0) or NaN. The others have no infinity; of them
+    only fp8_e4m3 has a NaN.
+    """
 
     exponent: int
     mantissa: int
     largest: float
+    ieee: bool = False
 
     @property
     def bits(self) -> int:
@@ -60,16 +66,23 @@ class FloatFormat:
 
 FLOATS = {
     "fp8_e4m3": FloatFormat(4, 3, 448.0),
-    "fp8_e5m2": FloatFormat(5, 2, 57344.0),
+    "fp8_e5m2": FloatFormat(5, 2, 57344.0, ieee=True),
     "fp6_e2m3": FloatFormat(2, 3, 7.5),
     "fp6_e3m2": FloatFormat(3, 2, 28.0),
     "fp4_e2m1": FloatFormat(2, 1, 6.0),
 }
+# What weights come in: to round to, not to make codes of.
+HALVES = {
+    "fp16": FloatFormat(5, 10, 65504.0, ieee=True),
+    "bf16": FloatFormat(8, 7, torch.finfo(torch.bfloat16).max, ieee=True),
+}
 INTEGERS = tuple(f"int{bits}" for bits in range(2, 9))
-TABLES = ("nf4", "table4")  # table4 is a learned codebook: Params carries its sixteen values
+LEARNED = ("table2", "table3", "table4")  # a learned codebook of 2 to 4 bits: Params carries its values
+TABLES = ("nf4", "dynamic8", *LEARNED)
 FORMATS = (*INTEGERS, *FLOATS, *TABLES)
 
-# What a scale may be stored as. e8m0 is a bare power of two, 2^-127 to 2^127.
+# What a scale may be stored as. e8m0 is a bare power of two, 2^-127 to 2^127; Grid.scale_for says which one
+# each of its three names takes.
 SCALE_DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -77,6 +90,8 @@ SCALE_DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
     "e8m0": torch.float8_e8m0fnu,
+    "e8m0-ceil": torch.float8_e8m0fnu,
+    "e8m0-even": torch.float8_e8m0fnu,
 }
 
 
@@ -87,7 +102,7 @@ def bits_of(name: str) -> int:
     if name in FLOATS:
         return FLOATS[name].bits
     if name in TABLES:
-        return 4
+        return int(name[-1])
     raise ValueError(f"format must be one of {', '.join(FORMATS)}, found {name!r}")
 
 
@@ -95,11 +110,11 @@ def bits_of(name: str) -> int:
 def _values(name: str) -> tuple[float, ...]:
     if name == "nf4":
         return NF4
+    if name == "dynamic8":
+        return _dynamic8()
     if name == "e8m0":
         return (*(2.0 ** (code - 127) for code in range(255)), math.nan)
-    if name not in FLOATS:
-        raise ValueError(f"{name!r} has no fixed table; expected nf4, e8m0 or one of {', '.join(FLOATS)}")
-    fmt = FLOATS[name]
+    fmt = _float(name, "nf4", "dynamic8", "e8m0")
     values = []
     for code in range(2**fmt.bits):
         sign = -1.0 if code >> (fmt.bits - 1) else 1.0
@@ -107,14 +122,32 @@ def _values(name: str) -> tuple[float, ...]:
         fraction = (code & (2**fmt.mantissa - 1)) / 2**fmt.mantissa
         normal = (1 + fraction) * 2.0 ** (exponent - fmt.bias)
         value = normal if exponent else fraction * 2.0**fmt.smallest_exponent
-        if value > fmt.largest:  # the patterns of e4m3 and e5m2 that mean infinity or NaN
-            value = math.inf if name == "fp8_e5m2" and fraction == 0 else math.nan
+        if value > fmt.largest:  # the patterns that mean infinity or NaN
+            value = math.inf if fmt.ieee and fraction == 0 else math.nan
         values.append(sign * value)
     return tuple(values)
 
 
+def _dynamic8() -> tuple[float, ...]:
+    """The table of bitsandbytes' 8-bit blockwise quantization, in its float32 arithmetic: 0, 1, and the
+    middles of 1, 2, 4, ... 64 equal parts of [0.1, 1] times 1e-6, 1e-5, ... 1, with both signs.
+    """
+    positive: list[float] = []
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        positive += (10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+    return (*(-value for value in reversed(positive)), 0.0, *positive, 1.0)
+
+
+def _float(name: str, *others: str) -> FloatFormat:
+    floats = FLOATS | HALVES
+    if name not in floats:
+        raise ValueError(f"name must be one of {', '.join((*others, *floats))}, found {name!r}")
+    return floats[name]
+
+
 def values_of(name: str) -> Tensor:
-    """The value of every code of a float format, of ``nf4`` or of ``e8m0``: float32, shape (2**bits,).
+    """The value of every code of a float format, ``nf4``, ``dynamic8`` or ``e8m0``: float32, shape (2**bits,).
 
     Element ``i`` is what the bit pattern ``i`` stands for: ``values_of("fp4_e2m1")[0b0111]`` is 6.
     """
@@ -122,7 +155,7 @@ def values_of(name: str) -> Tensor:
 
 
 def largest_of(name: str) -> float:
-    """The largest value of the format: 6.0 for fp4_e2m1, 127 for int8, 1.0 for nf4 and learned tables."""
+    """The largest value of the format: 6.0 for fp4_e2m1, 127 for int8, 1.0 for tables."""
     if name in INTEGERS:
         return float(2 ** (bits_of(name) - 1) - 1)
     return FLOATS[name].largest if name in FLOATS else 1.0
@@ -131,19 +164,18 @@ def largest_of(name: str) -> float:
 def round_to_format(x: Tensor, name: str) -> Tensor:
     """The nearest value of the format for every element of ``x``, same shape; ties go to the even code.
 
-    Beyond the largest value it saturates, as the OCP conversions do; NaN stays NaN. ``name`` is a float
-    format, ``nf4`` (ties go to the lower value, as in bitsandbytes) or ``e8m0`` (positive numbers; in the
-    log domain). Computes in float32, or float64 where ``x`` is float64.
+    Beyond the largest value it saturates, infinity too, as the OCP conversions do; NaN stays NaN. ``name`` is
+    a float format, fp16 and bf16 among them, ``nf4`` or ``dynamic8`` (ties go to the lower value, as in
+    bitsandbytes), or ``e8m0`` (in the log domain; 0 goes to the smallest, a negative number to NaN).
+    Computes in float32, or float64 where ``x`` is float64.
     """
     x = x if x.dtype == torch.float64 else x.float()
     if name == "e8m0":
         return torch.exp2(torch.log2(x).round().clamp(-127, 127))
-    if name == "nf4":
+    if name in ("nf4", "dynamic8"):
         table = values_of(name).to(x)
         return torch.where(x.isnan(), x, table[nearest(x, table)])
-    if name not in FLOATS:
-        raise ValueError(f"name must be e8m0, nf4 or one of {', '.join(FLOATS)}, found {name!r}")
-    fmt = FLOATS[name]
+    fmt = _float(name, "nf4", "dynamic8", "e8m0")
     _, exponent = torch.frexp(x)  # x = m * 2**exponent with 0.5 <= |m| < 1
     step = torch.exp2((exponent - 1).clamp(min=fmt.smallest_exponent).to(x.dtype) - fmt.mantissa)
     return (torch.round(x / step) * step).clamp(-fmt.largest, fmt.largest)
@@ -159,5 +191,11 @@ def float_codes(values: Tensor, name: str) -> Tensor:
 
 
 def nearest(x: Tensor, table: Tensor) -> Tensor:
-    """Index (int64, shape of ``x``) of the nearest entry of an ascending table; ties go to the lower."""
-    return torch.bucketize(x, (table[:-1] + table[1:]) / 2)
+    """Index (int64, shape of ``x``) of the nearest entry of an ascending table; ties go to the lower.
+
+    ``table`` is (levels,), or (rows, levels): one for each row of ``x``, (rows, columns).
+    """
+    middles = (table[..., :-1] + table[..., 1:]) / 2
+    if table.dim() == 1:
+        return torch.bucketize(x, middles)
+    return torch.searchsorted(middles, x.contiguous())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from labkit.quant.blocks import Blocks
 from labkit.quant.encode import encode
-from labkit.quant.fit import check_finite, fit, working
+from labkit.quant.fit import check_finite, check_has_values, fit, working
 from labkit.quant.grid import Grid
 from labkit.quant.observers import Observer
 from labkit.quant.spec import QuantSpec
@@ -122,6 +122,7 @@ def gptq(
 
 
 gptq.needs = frozenset({"hessian"})  # type: ignore[attr-defined]
+gptq.check = check_has_values  # type: ignore[attr-defined]
 
 
 def _inverse_factor(H: Tensor, damp: float) -> Tensor:

@@ -27,13 +27,14 @@ _EXAMPLES = "'int4 g64 asym', 'int8 channel', 'nf4 b64 scale=fp32', 'fp8_e4m3 12
 class QuantSpec:
     """A grid: the format of the codes, and which elements share a scale.
 
-    format  int2 to int8, fp8_e4m3, fp8_e5m2, fp6_e2m3, fp6_e3m2, fp4_e2m1, nf4, or table4: a learned
-            codebook
+    format  int2 to int8, fp8_e4m3, fp8_e5m2, fp6_e2m3, fp6_e3m2, fp4_e2m1, nf4, dynamic8, or table2 to
+            table4: a learned codebook of that many bits
     block   (rows, columns) that share one scale; None is the whole axis. An int counts along the
             flattened tensor
-    zero    "none": symmetric; "int": affine, 0.0 has a code of its own; "float": affine, any range
-    scale   what the scales are stored as (fp32, bf16, fp16, fp8_e4m3, fp8_e5m2, e8m0), or the QuantSpec
-            they are themselves quantized with
+    zero    "none": symmetric; "int": affine, 0.0 has a code of its own; "float": affine, any range;
+            "mean": flat runs less the mean of the whole tensor, as bitsandbytes nests its scales
+    scale   what the scales are stored as (fp32, bf16, fp16, fp8_e4m3, fp8_e5m2, e8m0, e8m0-ceil,
+            e8m0-even), or the QuantSpec they are themselves quantized with
     narrow  symmetric integers: False scales by absmax/((2^b - 1)/2) and uses all codes,
             True by absmax/(2^(b-1) - 1) and leaves out the lowest code
 
@@ -42,7 +43,7 @@ class QuantSpec:
 
     format: str
     block: Block = (None, None)
-    zero: Literal["none", "int", "float"] = "none"
+    zero: Literal["none", "int", "float", "mean"] = "none"
     scale: str | QuantSpec = "fp16"
     narrow: bool = False
 
@@ -53,11 +54,15 @@ class QuantSpec:
             raise ValueError(f"block must be (rows, columns) or an int, found {self.block!r}")
         if any(size is not None and (not isinstance(size, int) or size < 1) for size in sizes):
             raise ValueError(f"block sizes must be None or at least 1, found {self.block!r}")
-        if self.zero not in ("none", "int", "float"):
-            raise ValueError(f"zero must be 'none', 'int' or 'float', found {self.zero!r}")
-        if self.zero != "none" and not self.is_integer:
+        if self.zero not in ("none", "int", "float", "mean"):
+            raise ValueError(f"zero must be 'none', 'int', 'float' or 'mean', found {self.zero!r}")
+        if self.zero in ("int", "float") and not self.is_integer:
             raise ValueError(
                 f"only integers take a zero point, found zero={self.zero!r} with {self.format}"
+            )
+        if self.zero == "mean" and (self.is_integer or not isinstance(self.block, int)):
+            raise ValueError(
+                f"zero='mean' is for floats and tables in flat runs, found {self.format} {self.block}"
             )
         if self.narrow and (self.zero != "none" or not self.is_integer):
             raise ValueError(
@@ -67,6 +72,10 @@ class QuantSpec:
             raise ValueError(
                 f"scale must be a QuantSpec or one of {', '.join(formats.SCALE_DTYPES)}, "
                 f"found {self.scale!r}"
+            )
+        if self.scale == "e8m0-even" and self.format in formats.TABLES:
+            raise ValueError(
+                f"e8m0-even rounds to a format's mantissa, which {self.format} lacks; use e8m0-ceil"
             )
 
     @property
@@ -97,7 +106,7 @@ class QuantSpec:
 
         Words, in any order after the format: ``tensor``; ``channel`` (a scale per row); ``g64`` (64 columns
         of a row); ``b64`` (64 of the flattened tensor); ``128x128``, where ``*`` is the whole axis; ``sym``
-        (the default), ``asym``, ``asym-float``; ``narrow``; ``scale=bf16`` or
+        (the default), ``asym``, ``asym-float``, ``mean``; ``narrow``; ``scale=bf16`` or
         ``scale=(fp8_e4m3 tensor scale=fp32)``. "mxfp4", "nvfp4" and their like stand alone. Raises
         ValueError that names the word it does not know.
         """
@@ -117,7 +126,7 @@ class QuantSpec:
     def __str__(self) -> str:
         words = [self.format, _block_word(self.block)]
         if self.zero != "none":
-            words.append("asym" if self.zero == "int" else "asym-float")
+            words.append({"int": "asym", "float": "asym-float", "mean": "mean"}[self.zero])
         if self.narrow:
             words.append("narrow")
         if self.scale != "fp16":
@@ -132,6 +141,7 @@ def _parse_word(word: str, text: str) -> tuple[str, object]:
         "sym": ("zero", "none"),
         "asym": ("zero", "int"),
         "asym-float": ("zero", "float"),
+        "mean": ("zero", "mean"),
         "narrow": ("narrow", True),
     }
     if word in fixed:

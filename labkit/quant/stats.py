@@ -1,4 +1,4 @@
-"""Stats: what calibration has seen of a layer's inputs, and all that a method may know of them."""
+"""Stats: what calibration has seen of a layer, and all that a method may know of it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from torch import Tensor
 
 @dataclass
 class Stats:
-    """The second moments of a linear layer's inputs.
+    """The second moments of a linear layer's inputs, and how sensitive the loss is to its weights.
 
     hessian   (in_features, in_features), symmetric: the mean of x x^T over the samples, or their sum.
               GPTQ's paper has 2 X X^T; no method's result depends on the factor
     samples   how many inputs (tokens) were seen
+    fisher    (out_features, in_features): the mean squared gradient of the loss by each weight, the
+              diagonal of the empirical Fisher information; None where no gradients were taken
     """
 
     hessian: Tensor
     samples: int
+    fisher: Tensor | None = None
 
     @classmethod
     def empty(cls, in_features: int, dtype: torch.dtype = torch.float32) -> Stats:

@@ -21,8 +21,10 @@ class Params:
 
     scale  one per block, shape (row blocks, column blocks) or (n_blocks,) for flat runs, in its stored
            dtype; a QuantizedTensor where the scales are quantized themselves
-    zero   same shape, or None: uint8 codes (zero="int") or reals in units of codes (zero="float")
-    table  the sixteen ascending values of a learned codebook (table4), or None
+    zero   same shape, or None: uint8 codes (zero="int") or reals in units of codes (zero="float");
+           one real, (1,), in the unit of the numbers (zero="mean")
+    table  a learned codebook: 2^bits ascending values (levels,), or (rows, levels), one for each row of the
+           tensor seen as a matrix; None for the other formats
     """
 
     scale: Tensor | QuantizedTensor
@@ -155,7 +157,8 @@ class QuantizedTensor:
             scale = cls.unpack(Packed(inner, metadata["scale"]))
         else:
             scale = tensors["scale"]
-            scale = scale.view(torch.float8_e8m0fnu) if spec.scale == "e8m0" else scale
+            e8m0 = str(spec.scale).startswith("e8m0")
+            scale = scale.view(torch.float8_e8m0fnu) if e8m0 else scale
         zero = tensors.get("zero")
         if zero is not None and spec.zero == "int":
             grid = tuple(scale.shape)

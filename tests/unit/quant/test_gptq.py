@@ -367,10 +367,14 @@ def test_bad_input(value: float):
 
 def test_methods_are_called_alike():
     weight, inputs = correlated(4, 16, seed=0)
-    for method in METHODS.values():
-        assert method(weight, QuantSpec.parse("int4 g4"), Stats.of(inputs)).shape == (4, 16)
+    stats = Stats.of(inputs)
+    stats.fisher = weight.square()
+    specs = {"hqq": "int4 g4 asym-float"} | dict.fromkeys(("kmeans", "quantile", "squeezellm"), "table4 channel")
+    for name, method in METHODS.items():
+        assert method(weight, QuantSpec.parse(specs.get(name, "int4 g4")), stats).shape == (4, 16)
     needs = {name: method.needs for name, method in METHODS.items()}
-    assert needs.items() >= {"rtn": set(), "rtn_clip": {"hessian"}, "gptq": {"hessian"}, "adaround": {"hessian"}}.items()
+    expected = {"rtn": set(), "rtn_clip": {"hessian"}, "gptq": {"hessian"}, "adaround": {"hessian"}}
+    assert needs.items() >= expected.items()
 
 
 def test_stats_do_not_depend_on_how_inputs_are_batched():
