@@ -10,13 +10,15 @@ from labkit.models.fisher import fisher
 from labkit.models.llama import Cache, GrowingCache, Linear, Llama, visible
 from labkit.models.off_grid import off_grid
 from labkit.models.protocol import Protocol, calibration_windows, protocol_for
-from labkit.models.quantize import Made, quantize
-from labkit.models.recipe import Calibration, Recipe, Rule, Transform
+from labkit.models.quantize import Made, peak_bytes, quantize
+from labkit.models.recipe import Calibration, Recipe, Rule, Training, Transform
 from labkit.models.rotate import RotationWarning, online, rotate
 from labkit.models.store import load
 from labkit.models.texts import Chapter, chapters
 from labkit.models.tokenizer import Tokenizer, TokenStream
+from labkit.models.train import train, train_bytes, training_batches
 from labkit.models.transforms import TRANSFORMS
+from labkit.models.unfinished import unfinished_folder
 
 __all__ = [
     "TRANSFORMS",
@@ -36,6 +38,7 @@ __all__ = [
     "Rule",
     "TokenStream",
     "Tokenizer",
+    "Training",
     "Transform",
     "awq_scale",
     "calibration_windows",
@@ -49,11 +52,16 @@ __all__ = [
     "load",
     "off_grid",
     "online",
+    "peak_bytes",
     "protocol",
     "protocol_for",
     "quantize",
     "rotate",
     "save",
     "sizes",
+    "train",
+    "train_bytes",
+    "training_batches",
+    "unfinished_folder",
     "visible",
 ]

@@ -10,6 +10,7 @@
         weight: int4 g64 asym    # a QuantSpec, or keep
         method: gptq
         options: {act_order: true}
+    train: {steps: 1000}         # quantization-aware training afterwards; may be left out
 
 A recipe's name follows the field: w4a16-gptq-g64 has 4-bit weights, activations that are not quantized
 (16-bit floats on most GPUs, float32 here), GPTQ, groups of 64. ``str(recipe)`` writes out everything that
@@ -19,8 +20,9 @@ such a name leaves open.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -84,16 +86,49 @@ class Calibration:
                 raise ValueError(f"calibration.{name} must be a positive whole number, found {value!r}")
 
 
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast the quantized layers are trained after their rule's method has found their grids.
+
+    steps       of ``windows`` times ``tokens`` tokens each
+    rate        AdamW's learning rate for the weights, in their own unit; after ``warmup`` steps it falls along a
+                cosine to a tenth
+    scale_rate  the same for the scales and offsets
+    decay       AdamW's decoupled weight decay; the scales have none
+    """
+
+    steps: int = 1000
+    windows: int = 8
+    tokens: int = 256
+    rate: float = 1e-4
+    scale_rate: float = 1e-4
+    warmup: int = 20
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, whole = getattr(self, f.name), isinstance(f.default, int)
+            least = 0 if f.name in ("warmup", "decay", "scale_rate") else 1 if whole else 5e-324
+            kind = int if whole else (int, float)
+            if not isinstance(value, kind) or isinstance(value, bool) or not least <= value < math.inf:
+                raise ValueError(
+                    f"train.{f.name} must be a {'whole ' if whole else ''}number "
+                    f"{'of at least 0' if least == 0 else 'above 0'}, found {value!r}"
+                )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Transforms of the whole model in order, which keep its function; then, for each layer, the first rule
-    that matches its name. What none matches is left alone.
+    that matches its name. What none matches is left alone. With ``train`` the layers are trained on their
+    grids afterwards.
     """
 
     rules: tuple[Rule, ...]
     transforms: tuple[Transform, ...] = ()
     name: str = "unnamed"
     calibration: Calibration = Calibration()
+    train: Training | None = None
 
     @classmethod
     def load(cls, source: str | Path) -> Recipe:
@@ -136,7 +171,9 @@ class Recipe:
     @classmethod
     def from_dict(cls, tree: Any, *, where: str = "recipe", name: str = "unnamed") -> Recipe:
         """A recipe from what ``to_dict`` or YAML gives. Raises ValueError as ``parse`` does."""
-        _keys(tree, required={"rules"}, optional={"name", "calibration", "transforms"}, where=where)
+        _keys(
+            tree, required={"rules"}, optional={"name", "calibration", "transforms", "train"}, where=where
+        )
         if not isinstance(tree["rules"], list) or not tree["rules"]:
             raise ValueError(f"{where}: rules must be a list of at least one rule, found {tree['rules']!r}")
         if not isinstance(name := tree.get("name", name), str):
@@ -145,11 +182,17 @@ class Recipe:
         if not isinstance(steps := tree.get("transforms", []), list):
             raise ValueError(f"{where}: transforms must be a list, found {steps!r}")
         transforms = tuple(_transform(t, f"{where}, transform {i}") for i, t in enumerate(steps, start=1))
-        calibration = tree.get("calibration", {})
+        calibration, train = tree.get("calibration", {}), tree.get("train")
         _keys(calibration, optional={f.name for f in fields(Calibration)}, where=f"{where}, calibration")
+        if train is not None:
+            _keys(train, optional={f.name for f in fields(Training)}, where=f"{where}, train")
         try:
             return cls(
-                rules=rules, transforms=transforms, name=name, calibration=Calibration(**calibration)
+                rules=rules,
+                transforms=transforms,
+                name=name,
+                calibration=Calibration(**calibration),
+                train=None if train is None else Training(**train),
             )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
@@ -174,6 +217,8 @@ class Recipe:
                 else {"name": t.name}
                 for t in self.transforms
             ]
+        if self.train is not None:
+            tree["train"] = asdict(self.train)
         return tree
 
     def rule_for(self, layer: str) -> Rule | None:
@@ -269,6 +314,11 @@ class Recipe:
             if options := expand(rule):
                 lines.append("  options:")
                 lines += [f"    {key}: {_inline(value)}" for key, value in options.items()]
+        if self.train is not None:
+            lines.append(
+                "train:  # on the grids that the rules' methods found: LSQ, distilled from the original"
+            )
+            lines += [f"  {key}: {_inline(value)}" for key, value in asdict(self.train).items()]
         lines.append("# every layer that no rule matches is left as it is; activations are not quantized")
         return "\n".join(lines)
 

@@ -369,7 +369,9 @@ def test_methods_are_called_alike():
     weight, inputs = correlated(4, 16, seed=0)
     stats = Stats.of(inputs)
     stats.fisher = weight.square()
-    specs = {"hqq": "int4 g4 asym-float"} | dict.fromkeys(("kmeans", "quantile", "squeezellm"), "table4 channel")
+    specs = {"hqq": "int4 g4 asym-float"} | dict.fromkeys(
+        ("kmeans", "quantile", "squeezellm"), "table4 channel"
+    )
     for name, method in METHODS.items():
         assert method(weight, QuantSpec.parse(specs.get(name, "int4 g4")), stats).shape == (4, 16)
     needs = {name: method.needs for name, method in METHODS.items()}

@@ -174,16 +174,25 @@ def test_quantiles_are_numpys(codebook: str) -> None:
     x = numbers("heavy", 3, 77)
     q = quantile(torch.from_numpy(x), QuantSpec.parse("table3 tensor scale=fp32"), codebook=codebook)
     assert q.table is not None
-    wanted = np.quantile(x.astype(np.float64), (np.arange(8) + 0.5) / 8, axis=1 if codebook == "row" else None).T
+    wanted = np.quantile(
+        x.astype(np.float64), (np.arange(8) + 0.5) / 8, axis=1 if codebook == "row" else None
+    ).T
     assert np.allclose((q.table.double() * q.scale.double()).numpy(), wanted, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("text", "codebook"),
-    [("table4 tensor", "row"), ("table3 g5 scale=bf16", "tensor"), ("table2 b9", "tensor"), ("table3 2x4", "row")],
+    [
+        ("table4 tensor", "row"),
+        ("table3 g5 scale=bf16", "tensor"),
+        ("table2 b9", "tensor"),
+        ("table3 2x4", "row"),
+    ],
 )
-def test_every_weight_goes_to_the_nearest_value_and_through_bytes(method: str, text: str, codebook: str) -> None:
+def test_every_weight_goes_to_the_nearest_value_and_through_bytes(
+    method: str, text: str, codebook: str
+) -> None:
     W = torch.from_numpy(numbers("heavy", 6, 23))
     spec = QuantSpec.parse(text)
     fisher = torch.from_numpy(importances("squares", W.shape))
@@ -191,11 +200,15 @@ def test_every_weight_goes_to_the_nearest_value_and_through_bytes(method: str, t
     assert q.table is not None and bool((q.table[..., 1:] >= q.table[..., :-1]).all())
     # Every value that a weight could have had, one after the other.
     each = [
-        QuantizedTensor(torch.full_like(q.codes, code), q.scale, spec, table=q.table).dequantize(torch.float64)
+        QuantizedTensor(torch.full_like(q.codes, code), q.scale, spec, table=q.table).dequantize(
+            torch.float64
+        )
         for code in range(spec.levels)
     ]
     nearest = (torch.stack(each) - W.double()).abs().amin(dim=0)
-    torch.testing.assert_close((q.dequantize(torch.float64) - W.double()).abs(), nearest, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        (q.dequantize(torch.float64) - W.double()).abs(), nearest, atol=1e-6, rtol=1e-6
+    )
     packed = q.pack()
     back = QuantizedTensor.unpack(packed)
     assert torch.equal(back.codes, q.codes) and torch.equal(back.dequantize(), q.dequantize())
@@ -242,7 +255,9 @@ def test_zeros_constants_few_values_and_nothing(method: str) -> None:
 def test_what_cannot_be_done_is_refused(method: str, text: str, codebook: str, message: str) -> None:
     W = torch.ones(2, 64)
     with pytest.raises(ValueError, match=message):
-        METHODS[method](W, QuantSpec.parse(text), Stats(torch.zeros(0), 0, torch.ones_like(W)), codebook=codebook)
+        METHODS[method](
+            W, QuantSpec.parse(text), Stats(torch.zeros(0), 0, torch.ones_like(W)), codebook=codebook
+        )
     with pytest.raises(ValueError, match=message):
         METHODS[method].check(QuantSpec.parse(text), codebook=codebook)
 
