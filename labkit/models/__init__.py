@@ -1,6 +1,7 @@
 """A whole model: load it, transform it, calibrate, quantize, evaluate, save."""
 
 from labkit.models import checkpoint, protocol
+from labkit.models.allocate import Sensitivity, allocate, measure
 from labkit.models.awq import awq_scale
 from labkit.models.calibrate import ModelStats, hessians
 from labkit.models.checkpoint import checkpoint_for, save
@@ -36,10 +37,12 @@ __all__ = [
     "Report",
     "RotationWarning",
     "Rule",
+    "Sensitivity",
     "TokenStream",
     "Tokenizer",
     "Training",
     "Transform",
+    "allocate",
     "awq_scale",
     "calibration_windows",
     "chapters",
@@ -50,6 +53,7 @@ __all__ = [
     "fisher",
     "hessians",
     "load",
+    "measure",
     "off_grid",
     "online",
     "peak_bytes",

@@ -118,7 +118,7 @@ def compare(
         start = time.perf_counter()
         recipe = model.made.recipe.name if model.made else "none"
         final = known if model is reference else _final(model, protocol.tokens, recipe, progress)
-        nll, kl, top1 = _score(final, model.lm_head, known, reference.lm_head, protocol)
+        nll, kl, top1 = score(final, model.lm_head, known, reference.lm_head, protocol)
         over_layers, over_model, size = sizes(model)
         reports.append(
             Report(
@@ -201,7 +201,7 @@ def _final(model: Llama, tokens: Tensor, what: str, progress: bool | None) -> Te
     return work.final(x)
 
 
-def _score(
+def score(
     final: Tensor, head: Linear, known: Tensor, known_head: Linear, protocol: Protocol
 ) -> tuple[float, float, float]:
     """Mean negative log-likelihood, mean KL(reference || model), and the share of equal first choices."""

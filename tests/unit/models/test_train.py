@@ -141,7 +141,9 @@ def test_the_codes_are_those_of_training(
     monkeypatch.setattr(module, "lsq", spy)
     still = replace(RECIPE, train=replace(RECIPE.train, rate=1e-30, scale_rate=0.0))
     found = models.train(tiny, still, batches[:1])
-    layers = [l.weight for l in found.linears().values() if isinstance(l.weight, QuantizedTensor)]
+    layers = [
+        linear.weight for linear in found.linears().values() if isinstance(linear.weight, QuantizedTensor)
+    ]
     assert len(layers) == len(seen) == 4 + 3 * tiny.config.layers
     for weight, rounded in zip(layers, seen.values(), strict=True):
         assert torch.equal(weight.dequantize(), rounded)
@@ -160,7 +162,7 @@ def test_training_lowers_the_kl_and_leaves_the_original_alone(tiny: models.Llama
     assert kl[1] < 0.8 * kl[0]
     assert kl[2] < 0.2 * kl[1]  # nothing to learn for a model that is its own teacher
     assert control.made is None and not any(
-        isinstance(l.weight, QuantizedTensor) for l in control.linears().values()
+        isinstance(linear.weight, QuantizedTensor) for linear in control.linears().values()
     )
     for name, tensor in tiny.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -172,7 +174,11 @@ def test_it_is_an_ordinary_checkpoint(trained: models.Llama, tmp_path: Path) -> 
     again = models.load(models.save(trained, tmp_path / "trained"))
     assert equal(packed(again), packed(trained))
     assert again.made is not None and again.made.recipe.train == RECIPE.train
-    specs = {str(l.weight.spec) for l in again.linears().values() if isinstance(l.weight, QuantizedTensor)}
+    specs = {
+        str(linear.weight.spec)
+        for linear in again.linears().values()
+        if isinstance(linear.weight, QuantizedTensor)
+    }
     assert specs == set(SPECS.values())
 
 
