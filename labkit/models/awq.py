@@ -92,3 +92,4 @@ def _dense(name: str, linear: Linear) -> Tensor:
 
 
 awq_scale.needs = frozenset({"inputs"})  # type: ignore[attr-defined]
+awq_scale.paper = "Lin et al. 2023, arXiv 2306.00978"  # type: ignore[attr-defined]

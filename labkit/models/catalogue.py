@@ -11,12 +11,19 @@ from typing import Any
 from labkit.models.recipe import needs
 from labkit.models.train import train
 from labkit.models.transforms import TRANSFORMS
-from labkit.quant import METHODS, lsq
+from labkit.quant import METHODS
 
-_NEEDS = {
+KINDS: dict[str, Mapping[str, Callable[..., Any]]] = {
+    "method": METHODS,
+    "transform": TRANSFORMS,
+    "training": {"train": train},
+}
+NEEDS = {
     "hessian": "calibration text",
-    "fisher": "gradients (whole model in memory)",
     "inputs": "calibration text",
+    "fisher": "calibration text, gradients",
+    "text": "training text",
+    "gradients": "gradients",
 }
 
 
@@ -25,10 +32,11 @@ class Entry:
     """A line of the catalogue.
 
     name   as recipes call it
-    kind   "method" (a layer's weights to codes), "transform" (of the model, before) or "training" (after)
-    paper  arXiv numbers, from the docstrings of its file and function; "" where there is none
-    needs  what it looks at besides the weights, in words; "nothing"
-    what   the first sentence of its file
+    kind   "transform" (of the whole model, first), "method" (a layer's weights to codes) or "training" (last)
+    paper  whose it is
+    needs  what it looks at besides the weights, in words. What needs gradients holds the whole model in memory
+           and says how much that is; all others hold one layer
+    what   what it does: the first sentence of its file
     """
 
     name: str
@@ -40,21 +48,19 @@ class Entry:
 
 def catalogue() -> list[Entry]:
     """Every method and transform that a recipe can name, and the training that it can ask for."""
-    kinds: dict[str, Mapping[str, Callable[..., Any]]] = {"method": METHODS, "transform": TRANSFORMS}
-    found = [_entry(name, kind, function) for kind, table in kinds.items() for name, function in table.items()]
-    training = _entry("train", "training", train)
-    text = "training text, gradients (whole model in memory several times)"
-    return [*found, Entry("train", "training", ", ".join([*_papers(lsq), *_papers(train)]), text, training.what)]
+    return [
+        _entry(name, kind, function) for kind, table in KINDS.items() for name, function in table.items()
+    ]
 
 
 def _entry(name: str, kind: str, function: Callable[..., Any]) -> Entry:
-    words = ", ".join(sorted({_NEEDS.get(need, need) for need in needs(function)})) or "nothing"
-    about = (inspect.getmodule(function).__doc__ or "").strip().split("\n\n")[0]
-    first = re.split(r"(?<=[.:])\s", " ".join(about.split()))
-    return Entry(name, kind, ", ".join(_papers(function)), words, " ".join(first[:2] if first[0].endswith(":") else first[:1]))
-
-
-def _papers(function: Callable[..., Any]) -> list[str]:
-    """The arXiv numbers in the docstrings of a function's file and of itself, each once, in order."""
-    text = f"{getattr(inspect.getmodule(function), '__doc__', '')} {function.__doc__}"
-    return list(dict.fromkeys(re.findall(r"\b\d{4}\.\d{5}\b", text)))
+    words = dict.fromkeys(NEEDS[need] for need in sorted(needs(function), reverse=True))
+    first = " ".join((inspect.getmodule(function).__doc__ or "").strip().split("\n\n")[0].split())
+    what = re.match(r".*?\.(?=\s|$)", first)
+    return Entry(
+        name,
+        kind,
+        getattr(function, "paper", "none: the yardstick"),
+        ", ".join(words) or "nothing",
+        what[0].replace("``", "") if what else first,
+    )

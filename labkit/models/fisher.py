@@ -81,6 +81,7 @@ def fisher(
 def fisher_bytes(config: ModelConfig, tokens: int, weights: Collection[int]) -> int:
     """Bytes that ``fisher`` takes beside the model, for windows of ``tokens`` and layers of so many weights.
 
-    The Fisher itself, one layer's gradient, and what one window's pass keeps for its way back.
+    The Fisher itself, one layer's gradient, and what one window's pass keeps for its way back. A quarter is
+    added for what the way back takes itself, and the allocator.
     """
-    return 4 * (sum(weights) + max(weights)) + memory.pass_bytes(config, tokens, logits=4)
+    return 5 * (4 * (sum(weights) + max(weights)) + memory.pass_bytes(config, tokens, logits=4)) // 4

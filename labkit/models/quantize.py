@@ -163,10 +163,9 @@ def peak_bytes(model: Llama, recipe: Recipe) -> int:
 
         return train_bytes(config, recipe.train, list(counts.values()))
     tokens = recipe.calibration.windows * recipe.calibration.tokens
-    q = config.heads * config.head_dim
-    least = sum(counts.values()) + 4 * max(
-        4 * config.hidden_size * q, 3 * config.hidden_size * config.intermediate_size
-    )
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    layer = config.hidden_size * (2 * q + 2 * kv) + 3 * config.hidden_size * config.intermediate_size
+    least = sum(counts.values()) + 4 * layer
     if recipe.calibrated:
         inside = 3 * max(config.intermediate_size, q) + 3 * config.hidden_size
         least += 4 * tokens * inside + 3 * 8 * max(config.intermediate_size, config.hidden_size, q) ** 2

@@ -102,6 +102,9 @@ def rotate(model: Llama, stats: ModelStats | None = None, *, seed: int = 0) -> L
     return model
 
 
+rotate.paper = "Ashkboos et al. 2024, arXiv 2404.00456"  # type: ignore[attr-defined]
+
+
 def online(model: Llama) -> dict[str, dict[str, Any]]:
     """The model's online transforms by module name, as plain data; empty for a model that has none.
 

@@ -153,6 +153,10 @@ def train(
     return student
 
 
+train.needs = frozenset({"text", "gradients"})  # type: ignore[attr-defined]
+train.paper = "LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576"  # type: ignore[attr-defined]
+
+
 def training_batches(tokenizer: Tokenizer, training: Training, seed: int = 0) -> Tensor:
     """The batches of a training, int64 (steps, windows, tokens), from the calibration text."""
     count = training.steps * training.windows

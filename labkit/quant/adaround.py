@@ -113,6 +113,7 @@ def adaround_check(spec: QuantSpec, **options: object) -> None:
 
 
 adaround.needs = frozenset({"hessian"})  # type: ignore[attr-defined]
+adaround.paper = "Nagel et al. 2020, arXiv 2004.10568"  # type: ignore[attr-defined]
 adaround.check = adaround_check  # type: ignore[attr-defined]
 
 

@@ -122,6 +122,7 @@ def gptq(
 
 
 gptq.needs = frozenset({"hessian"})  # type: ignore[attr-defined]
+gptq.paper = "Frantar et al. 2022, arXiv 2210.17323"  # type: ignore[attr-defined]
 gptq.check = check_has_values  # type: ignore[attr-defined]
 
 

@@ -13,7 +13,8 @@ from labkit.quant.rtn_clip import rtn_clip
 from labkit.quant.tensor import QuantizedTensor
 
 # method(weight, spec, stats=None, **options); method.needs names the fields of Stats it cannot do without,
-# method.check(spec, **options), where there is one, raises ValueError for what it cannot do
+# method.check(spec, **options), where there is one, raises ValueError for what it cannot do; method.paper is
+# whose it is
 Method = Callable[..., QuantizedTensor]
 METHODS: dict[str, Method] = {
     "rtn": rtn,

@@ -55,6 +55,7 @@ def rtn_clip(
 
 
 rtn_clip.needs = frozenset({"hessian"})  # type: ignore[attr-defined]
+rtn_clip.paper = "Lin et al. 2023, arXiv 2306.00978"  # type: ignore[attr-defined]
 
 
 def _least_output_error(

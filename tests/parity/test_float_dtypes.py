@@ -1,5 +1,6 @@
-"""The small floats against torch's own dtypes, and MXFP4 against gguf's."""
+"""The floats against torch's own dtypes and ml_dtypes', and MXFP4 against gguf's."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,14 +8,44 @@ from labkit.quant import QuantSpec, encode, fit, round_to_format, values_of
 from labkit.quant.formats import FLOATS, float_codes
 
 DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+SMALL = {"fp6_e2m3": "float6_e2m3fn", "fp6_e3m2": "float6_e3m2fn", "fp4_e2m1": "float4_e2m1fn"}
 
 
-@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("name", DTYPES | HALVES)
 def test_the_table_is_torchs_bit_pattern_by_bit_pattern(name: str) -> None:
-    theirs = torch.arange(256).to(torch.uint8).view(DTYPES[name]).float()
+    if name in DTYPES:
+        theirs = torch.arange(256).to(torch.uint8).view(DTYPES[name]).float()
+    else:
+        theirs = torch.arange(-(2**15), 2**15).to(torch.int16).view(HALVES[name]).float().roll(2**15)
     number = ~theirs.isnan()
     assert torch.equal(~values_of(name).isnan(), number)
     assert torch.equal(values_of(name)[number], theirs[number])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_table_and_rounding_of_the_smaller_ones_are_ml_dtypes(name: str) -> None:
+    """torch has no fp6, and its fp4 cannot be converted. ml_dtypes saturates at no number but infinity's."""
+    dtype = getattr(pytest.importorskip("ml_dtypes"), SMALL[name])
+    values = values_of(name)
+    theirs = np.arange(len(values), dtype=np.uint8).view(dtype).astype(np.float32)
+    assert np.array_equal(values.numpy(), theirs)
+    x = torch.linspace(-FLOATS[name].largest, FLOATS[name].largest, 20_001)
+    ours, wanted = round_to_format(x, name), x.numpy().astype(dtype)
+    assert np.array_equal(ours.numpy(), wanted.astype(np.float32))
+    assert np.array_equal(float_codes(ours, name).numpy(), wanted.view(np.uint8))
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_rounding_to_halves_is_torchs(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(100_000) * 10 ** (12 * torch.randn(100_000)).clamp(-44, 37)
+    wanted = x.to(HALVES[name]).float()
+    beyond = wanted.isinf()
+    assert torch.equal(round_to_format(x, name)[~beyond], wanted[~beyond])
+    largest = torch.finfo(HALVES[name]).max
+    assert torch.equal(round_to_format(x, name)[beyond], x[beyond].sign() * largest)
+    assert beyond.any() or name == "bf16"
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -210,6 +210,64 @@ def test_mistakes_are_named(tiny: models.Llama) -> None:
         models.quantize(tiny, "w4a16")
 
 
+def test_the_fisher_reaches_the_methods_that_need_it(tiny: models.Llama) -> None:
+    """Each layer's own, of the model as it came, and together with a Hessian where both are needed."""
+    tokens = models.calibration_windows(tiny.tokenizer, 2, 32, seed=4)
+    wanted = models.fisher(tiny, tokens)
+    seen: dict[int, Stats] = {}
+
+    def spy(weight: Tensor, spec: object, stats: Stats | None = None) -> QuantizedTensor:
+        assert stats is not None
+        seen[id(weight)] = stats
+        return rtn(weight, SPEC)
+
+    spy.needs = frozenset({"fisher"})  # type: ignore[attr-defined]
+    both = lambda weight, spec, stats=None: spy(weight, spec, stats)  # noqa: E731
+    both.needs = frozenset({"fisher", "hessian"})
+    recipe = small(
+        "match: '*.q_proj', weight: int2 g64 asym, method: both",
+        "match: 'model.layers.*', weight: int2 g64 asym, method: spy",
+    )
+    models.quantize(tiny, recipe, seed=4, methods={"spy": spy, "both": both})
+    linears = tiny.linears()
+    assert len(seen) == len(wanted) == len(linears) - 1
+    for name, fisher in wanted.items():
+        stats = seen[id(linears[name].weight)]
+        assert stats.fisher is not None
+        torch.testing.assert_close(stats.fisher, fisher)
+        assert bool(stats.hessian.any()) == name.endswith("q_proj")
+        assert (stats.samples == 2 * 32) == name.endswith("q_proj")
+    assert all(not p.requires_grad for p in tiny.parameters())
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["w4a16-hqq-g64", "w3a16-kmeans-g64", "w3a16-quantile-g64", "w4a16-nf4-b64", "w4a16-nvfp4-g16"],
+)
+def test_shipped_recipes_of_other_grids_run(tiny: models.Llama, recipe: str) -> None:
+    made = models.quantize(tiny, recipe)
+    tokens = models.calibration_windows(tiny.tokenizer, 1, 32, seed=0)
+    with torch.no_grad():
+        kept, changed = tiny(tokens), made(tokens)
+    assert 0 < float((kept - changed).norm() / kept.norm()) < 0.5
+    assert 3 < models.sizes(made)[0] < 4.6
+
+
+def test_a_damaged_weight_is_found_before_the_work() -> None:
+    model = models.load("tiny")
+    last = list(model.linears())[-2]
+    weight = model.linears()[last].weight.detach().clone()
+    weight[0, 0] = torch.nan
+    model.linears()[last].weight = weight
+
+    def never(weight: Tensor, spec: object, stats: Stats | None = None) -> QuantizedTensor:
+        raise AssertionError("work was begun")
+
+    recipe = small("match: 'model.layers.*', weight: int4 g64, method: never")
+    with pytest.raises(ValueError, match=f"{last}.weight holds NaN"):
+        models.quantize(model, recipe, methods={"never": never})
+
+
 def test_it_remembers_how_it_was_made(tiny: models.Llama) -> None:
     made = models.quantize(tiny, "w4a16-rtn-g64", seed=5).made
     assert made is not None
@@ -219,4 +277,4 @@ def test_it_remembers_how_it_was_made(tiny: models.Llama) -> None:
 
 def test_the_signature_is_the_documented_one() -> None:
     parameters = inspect.signature(models.quantize).parameters
-    assert list(parameters) == ["model", "recipe", "seed", "propagate", "methods", "progress"]
+    assert list(parameters) == ["model", "recipe", "seed", "propagate", "methods", "state", "progress"]

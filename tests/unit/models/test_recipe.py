@@ -31,6 +31,18 @@ SHIPPED = {  # name: (spec, method, act_order), as the name says
     "w3a16-rotate-rtn-g64": ("int3 g64 asym", "rtn", None),
     "w4a16-rotate-gptq-g64": ("int4 g64 asym", "gptq", False),
     "w3a16-rotate-gptq-g64": ("int3 g64 asym", "gptq", False),
+    "w4a16-hqq-g64": ("int4 g64 asym-float", "hqq", None),
+    "w3a16-hqq-g64": ("int3 g64 asym-float", "hqq", None),
+    "w4a16-kmeans-g64": ("table4 g64", "kmeans", None),
+    "w3a16-kmeans-g64": ("table3 g64", "kmeans", None),
+    "w4a16-quantile-g64": ("table4 g64", "quantile", None),
+    "w3a16-quantile-g64": ("table3 g64", "quantile", None),
+    "w4a16-squeezellm-g64": ("table4 g64", "squeezellm", None),
+    "w3a16-squeezellm-g64": ("table3 g64", "squeezellm", None),
+    "w3a16-squeezellm-channel": ("table3 tensor", "squeezellm", None),
+    "w4a16-nf4-b64": ("nf4 b64 scale=(dynamic8 b256 mean scale=fp32)", "rtn", None),
+    "w4a16-mxfp4-g32": ("fp4_e2m1 g32 scale=e8m0", "rtn", None),
+    "w4a16-nvfp4-g16": ("fp4_e2m1 g16 scale=(fp8_e4m3 tensor scale=fp32)", "rtn", None),
 }
 TRANSFORM = {"awq": "awq_scale", "rotate": "rotate"}
 
@@ -155,7 +167,7 @@ def test_the_expansion_takes_defaults_from_the_method(monkeypatch: pytest.Monkey
         ("", "expected a mapping"),
         ("- a", "expected a mapping"),
         ("rules: []", "at least one rule"),
-        ("rule: 1", "unknown key 'rule'; known are calibration, name, rules, transforms"),
+        ("rule: 1", "unknown key 'rule'; known are calibration, name, rules, train, transforms"),
         ("name: x", "rules missing"),
         ("rules: [{match: '*', weight: int9 g64, method: rtn}]", "rule 1: .*int9"),
         ("rules: [{match: '*', weight: int4 gg, method: rtn}]", "rule 1: .*gg"),
@@ -182,12 +194,17 @@ def test_bad_yaml_is_refused_with_what_is_wrong(text: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("rules", "says"),
     [
-        ("{match: '*', weight: int4 g64, method: rtm}", "asks for method 'rtm'; there is .*gptq.*, rtn"),
+        ("{match: '*', weight: int4 g64, method: rtm}", "asks for method 'rtm'; there is .*gptq, .*rtn"),
         (
             "{match: '*', weight: int4 g64, method: gptq, options: {dmap: 1}}",
             "no option dmap; it takes act_order",
         ),
         ("{match: layers.0, weight: int4 g64, method: rtn}", "matches no linear layer"),
+        ("{match: '*', weight: int4 g64, method: kmeans}", "rule '\\*': codebooks are learned for table2"),
+        ("{match: '*', weight: table4 b64, method: kmeans}", "flat runs know no rows"),
+        ("{match: '*', weight: table4 g64, method: gptq}", "table4 has no table yet"),
+        ("{match: '*', weight: int4 g64 asym, method: hqq}", "zero points that are real numbers"),
+        ("{match: '*', weight: int4 g64 asym-float, method: hqq, options: {p: 2}}", "0 < p <= 1"),
         ("{match: '*', weight: keep}", "quantizes no layer"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from labkit.quant import Params, QuantSpec, encode, fit
+from labkit.quant import Params, QuantSpec, encode, fake_quantize, fit, gptq, rtn
 
 SPECS = [
     "int2 g4",
@@ -22,6 +22,9 @@ SPECS = [
     "nvfp4",
     "int4 g4 scale=e8m0 asym",
     "nf4 b4 scale=(int8 b256 asym scale=fp32)",
+    "nf4 b4 scale=(dynamic8 b256 mean scale=fp32)",
+    "fp6_e3m2 g4 scale=e8m0-ceil",
+    "fp8_e4m3 g4 scale=e8m0-even",
 ]
 
 
@@ -127,12 +130,40 @@ def test_shapes_and_names_that_do_not_fit_are_named() -> None:
         fit(torch.ones(3, dtype=torch.int32), spec)
 
 
-def test_a_learned_codebook_needs_its_table() -> None:
-    spec = QuantSpec("table4", scale="fp32")
-    with pytest.raises(ValueError, match="table"):
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_learned_codebook_needs_its_table(bits: int) -> None:
+    spec = QuantSpec(f"table{bits}", scale="fp32")
+    with pytest.raises(ValueError, match=f"table{bits} has no table yet"):
         fit(torch.ones(1, 4), spec)
-    with pytest.raises(ValueError, match="codebook"):
+    for method in (rtn, gptq):
+        with pytest.raises(ValueError, match=f"table{bits} has no table yet"):
+            method.check(spec)
+    with pytest.raises(ValueError, match=f"needs its codebook.*{2**bits} ascending values"):
         encode(torch.ones(1, 4), spec, Params(torch.ones(1, 1)))
+    for wrong in (torch.zeros(2**bits + 1), torch.zeros(1, 1, 2**bits), -torch.arange(2.0**bits)):
+        with pytest.raises(ValueError, match=f"must be {2**bits} ascending values"):
+            encode(torch.ones(1, 4), spec, Params(torch.ones(1, 1), table=wrong))
+    with pytest.raises(ValueError, match=r"as many as .* rows, 1; found 2"):
+        encode(torch.ones(1, 4), spec, Params(torch.ones(1, 1), table=torch.zeros(2, 2**bits)))
+
+
+def test_a_table_for_all_and_one_for_each_row() -> None:
+    spec = QuantSpec("table2", scale="fp32")
+    x = torch.tensor([[0.1, 0.9, -2.0, 0.4], [9.0, 21.0, 0.0, 14.0]])
+    tables = torch.tensor([[-1.0, 0.0, 0.5, 1.0], [5.0, 10.0, 15.0, 20.0]])
+    q = encode(x, spec, Params(torch.ones(1, 1), table=tables))
+    assert q.codes.tolist() == [[1, 3, 0, 2], [1, 3, 0, 2]]
+    assert q.dequantize().tolist() == [[0.0, 1.0, -1.0, 0.5], [10.0, 20.0, 5.0, 15.0]]
+    assert torch.equal(fake_quantize(x, spec, q.params), q.dequantize())
+    x.requires_grad_()
+    fake_quantize(x, spec, q.params).sum().backward()
+    assert x.grad.tolist() == [[1, 1, 0, 1], [1, 0, 0, 1]]  # 0 where it is clipped
+    one = encode(x.detach(), spec, Params(torch.ones(1, 1), table=tables[0]))
+    assert one.codes.tolist() == [[1, 3, 0, 2], [3, 3, 1, 3]]
+
+
+def test_a_table_of_sixteen_values() -> None:
+    spec = QuantSpec("table4", scale="fp32")
     table = torch.linspace(-1, 1, 16) ** 3
     x = torch.linspace(-2, 2, 40)[None]
     q = encode(x, spec, Params(torch.full((1, 1), 2.0), table=table))

@@ -14,6 +14,11 @@ SAID = {
     "fp8_e4m3 tensor": QuantSpec("fp8_e4m3", (None, None)),
     "fp8_e4m3 128x128 scale=fp32": QuantSpec("fp8_e4m3", (128, 128), scale="fp32"),
     "int8 *x1": QuantSpec("int8", (None, 1)),
+    "table3 g64": QuantSpec("table3", (1, 64)),
+    "fp6_e3m2 g32 scale=e8m0-ceil": QuantSpec("fp6_e3m2", (1, 32), scale="e8m0-ceil"),
+    "nf4 b64 scale=(dynamic8 b256 mean scale=fp32)": QuantSpec(
+        "nf4", 64, scale=QuantSpec("dynamic8", 256, zero="mean", scale="fp32")
+    ),
     "fp4_e2m1 g16 scale=(fp8_e4m3 tensor scale=fp32)": QuantSpec(
         "fp4_e2m1", (1, 16), scale=QuantSpec("fp8_e4m3", (None, None), scale="fp32")
     ),
@@ -68,6 +73,9 @@ def test_printing_round_trips(spec: QuantSpec) -> None:
         ("int4 g64 scale=fp17", "fp17"),
         ("nf4 b64 asym", "only integers take a zero point"),
         ("int4 g64 asym narrow", "narrow is for symmetric integers"),
+        ("int8 b64 mean", "for floats and tables in flat runs"),
+        ("dynamic8 g64 mean", "for floats and tables in flat runs"),
+        ("table5 g64", "table5"),
     ],
 )
 def test_what_makes_no_sense_is_named(text: str, message: str) -> None:
@@ -84,6 +92,8 @@ def test_bits_levels_and_code_range() -> None:
         "int8": (8, 256, (-128, 127)),
         "nf4": (4, 16, (0, 15)),
         "fp6_e3m2": (6, 64, (0, 63)),
+        "table2": (2, 4, (0, 3)),
+        "dynamic8 b64 mean": (8, 256, (0, 255)),
     }
     for text, expected in ranges.items():
         spec = QuantSpec.parse(text)

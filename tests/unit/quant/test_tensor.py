@@ -8,13 +8,17 @@ import torch
 from brute_force import pack_row
 from safetensors.torch import load, save
 
-from labkit.quant import Packed, Params, QuantizedTensor, QuantSpec, encode, fit
+from labkit.quant import Packed, Params, QuantizedTensor, QuantSpec, encode, fit, values_of
 
 SPECS = [
     *(f"int{bits} g5 {kind}" for bits in range(2, 9) for kind in ("sym", "asym")),
     "int4 channel asym-float scale=bf16",
     "nf4 b64 scale=fp32",
     "nf4 b8 scale=(int8 b256 asym scale=fp32)",
+    "nf4 b8 scale=(dynamic8 b3 mean scale=fp32)",
+    "dynamic8 b16 mean",
+    "mxfp6_e3m2",
+    "fp4_e2m1 g32 scale=e8m0-even",
     "fp8_e5m2 2x4",
     "fp6_e3m2 *x1",
     "mxfp4",
@@ -68,6 +72,7 @@ def test_the_bytes_of_affine_codes_and_zero_points() -> None:
         ("mxfp8_e4m3", 8.25),
         ("nvfp4", 4.5 + 32 / (16 * 256)),
         ("nf4 b64 scale=(int8 b256 scale=fp32)", 4 + 8 / 64 + 32 / (16 * 256)),
+        ("nf4 b64 scale=(dynamic8 b256 mean scale=fp32)", 4 + 8 / 64 + (32 + 32) / (16 * 256)),
     ],
 )
 def test_bits_per_weight_by_hand(text: str, bits: float) -> None:
@@ -110,16 +115,33 @@ def test_double_quantized_scales_are_those_of_the_inner_grid() -> None:
     assert torch.equal(encode(x, plain, Params(q.scale.dequantize())).codes, q.codes)
 
 
-def test_nvfp4_by_its_definition() -> None:
-    """One fp32 scale so that the block scales, absmax / 6, reach 448 in fp8_e4m3."""
-    torch.manual_seed(2)
+@pytest.mark.parametrize("seed", range(5))
+def test_nvfp4_by_its_definition(seed: int) -> None:
+    """One fp32 scale, amax / (448 * 6), so that the block scales, absmax / 6, reach 448 in fp8_e4m3."""
+    torch.manual_seed(seed)
     x, spec = torch.randn(4, 64), QuantSpec.parse("nvfp4")
     q = encode(x, spec, fit(x, spec))
-    whole = (x.abs().max() / 6 / 448).float()
+    whole = (x.abs().max().double() / (448 * 6)).float()
     blocks = x.reshape(4, 4, 16).abs().amax(2) / 6
     wanted = (blocks / whole).to(torch.float8_e4m3fn)
-    assert torch.allclose(q.scale.scale.item() * torch.ones(()), whole)
+    assert q.scale.scale.dtype == torch.float32 and q.scale.scale.item() == whole.item()
     assert torch.equal(q.scale.codes, wanted.view(torch.uint8))
+    assert q.scale.dequantize().max() == 448 * whole
+    block_scale = (wanted.float() * whole).repeat_interleave(16, dim=1)
+    values = values_of("fp4_e2m1")
+    nearest = (x[..., None] / block_scale[..., None] - values).abs().amin(dim=-1)
+    torch.testing.assert_close((q.dequantize() - x).abs(), nearest * block_scale, atol=1e-6, rtol=1e-5)
+
+
+def test_nvfp4_of_a_zero_tensor_and_of_zero_blocks() -> None:
+    spec = QuantSpec.parse("nvfp4")
+    x = torch.zeros(2, 48)
+    q = encode(x, spec, fit(x, spec))
+    assert torch.equal(q.dequantize(), x) and q.scale.scale.item() == 0
+    x[0, :16] = torch.linspace(-6, 6, 16)
+    q = encode(x, spec, fit(x, spec))
+    assert torch.equal(q.dequantize()[:, 16:], x[:, 16:]) and q.scale.codes[0, 1] == 0
+    assert q.dequantize()[0, [0, 15]].tolist() == [-6, 6]
 
 
 def test_damaged_parts_are_refused() -> None:
