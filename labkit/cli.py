@@ -61,28 +61,74 @@ def doctor(
 
 @app.command()
 def quantize(
-    recipe: Annotated[str, typer.Option(help="A recipe of labkit's by name, or a YAML file by path.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe of labkit's by name, or a YAML file by path.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write; it must not exist.")] = None,
     seed: Annotated[int, typer.Option(help="Of the off-grid factors and the calibration windows.")] = 0,
     model: Annotated[str | None, typer.Option(help="Default: LABKIT_MODEL, or the bundled model.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same command stopped.")] = False,
+    show: Annotated[bool, typer.Option("--list", help="What there is to quantize with, and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --list: JSON instead of a table.")] = False,
 ) -> None:
     """Quantize a model by a recipe and write the checkpoint to a folder."""
+    import shutil
     import time
 
     from labkit import models
 
+    if show:
+        _catalogue(as_json)
+        return
+    if recipe is None or out is None:
+        raise typer.BadParameter("give --recipe and --out; --list shows what there is to quantize with")
     plan = models.Recipe.load(recipe)
     if out.exists():  # said before the work, not after it
         raise FileExistsError(f"{out} exists already; choose another folder or remove it first")
     start = time.perf_counter()
-    quantized = models.quantize(models.load(model, seed=seed), plan, seed=seed)
+    original = models.load(model, seed=seed)
+    peak = models.peak_bytes(original, plan)
+    state = models.unfinished_folder(plan, original, seed)
+    if not resume:
+        shutil.rmtree(state, ignore_errors=True)
+    elif not state.exists():
+        typer.echo("nothing to resume: no unfinished work of this recipe, model and version", err=True)
+    typer.echo(
+        f"needs about {peak / 1e9:.1f} GB beside the model; after an interruption go on with --resume",
+        err=True,
+    )
+    quantized = models.quantize(original, plan, seed=seed, state=state)
     models.save(quantized, out)
+    shutil.rmtree(state, ignore_errors=True)
     layers, whole, size = models.sizes(quantized)
     typer.echo(str(plan))
+    if quantized.made is not None and (fell := quantized.made.fallbacks):
+        typer.echo(f"no better than rounding to nearest, and left at that: {len(fell)} ({', '.join(fell)})")
     typer.echo(
         f"{out}: {layers:.2f} bits per weight over the quantized layers, {whole:.2f} over the model, "
         f"{size / 1e6:.1f} MB, {time.perf_counter() - start:.0f} s"
     )
+
+
+def _catalogue(as_json: bool) -> None:
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from labkit.models.catalogue import catalogue
+    from labkit.models.recipe import names
+
+    entries = catalogue()
+    if as_json:
+        typer.echo(json.dumps({"entries": [asdict(entry) for entry in entries], "recipes": names()}))
+        return
+    table = Table("name", "kind", "needs", "paper", box=None, header_style="bold")
+    for entry in entries:
+        table.add_row(entry.name, entry.kind, entry.needs, entry.paper)
+    Console().print(table)
+    typer.echo(f"\nRecipes that put them together: {', '.join(names())}")
 
 
 @app.command(name="eval")
@@ -227,7 +273,7 @@ def main() -> None:
 
 def _can_be_acted_on(error: Exception) -> bool:
     """What the operating system or labkit itself refuses, as opposed to what breaks inside a library."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError | MemoryError):
         return True
     if not isinstance(error, ValueError | RuntimeError | TypeError | LookupError):
         return False

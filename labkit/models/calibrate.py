@@ -10,7 +10,8 @@ sequential order (q, k, v; o; gate, up; down) in a single pass.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import TypeVar
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from labkit.models.llama import Linear, Llama
-from labkit.quant import QuantizedTensor, Stats
+from labkit.quant import QuantizedTensor, QuantSpec, Stats
 from labkit.settings import settings
 
 T = TypeVar("T")
@@ -42,6 +43,20 @@ class Inputs:
         if self._stats is None:
             self._stats = Stats.of(self.x)
         return self._stats
+
+
+@dataclass(frozen=True)
+class ModelStats:
+    """What a transform may know: it looks at the layers' inputs itself, by a ``walk`` of its own.
+
+    tokens    (windows, tokens) int64, the calibration text
+    grids     on which grid each layer will be quantized, by name; layers left alone are not in it
+    progress  a bar over decoder layers; None is ``LABKIT_PROGRESS``
+    """
+
+    tokens: Tensor
+    grids: Mapping[str, QuantSpec] = field(default_factory=dict)
+    progress: bool | None = None
 
 
 @torch.no_grad()
@@ -81,7 +96,7 @@ def walk(
             last.clear()
         if "lm_head" in layers:
             # Its output, the logits of every window at once, would be the largest tensor of all: left out.
-            visit("lm_head", named["lm_head"], Inputs(model.model.norm(x)))
+            visit("lm_head", named["lm_head"], Inputs(model.final(x)))
     finally:
         for hook in hooks:
             hook.remove()

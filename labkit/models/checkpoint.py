@@ -5,7 +5,11 @@ tokenizer.json, tokenizer_config.json
 model.safetensors      packed codes, scales and zero points as NAME.weight.codes, NAME.weight.scale, ...;
                        layers left alone as NAME.weight in float32
 labkit.json            format version, model, recipe with every option written out, seed, protocol hash,
-                       the spec of each layer, size and sha256 of model.safetensors, package versions
+                       the spec of each layer, online transforms, size and sha256 of model.safetensors,
+                       package versions
+
+A model with online transforms (see ``rotate``) is not the architecture it was: config.json names it
+labkit_rotated_llama, so that programs which know nothing of them find no such model and say so.
 """
 
 from __future__ import annotations
@@ -25,21 +29,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import labkit.quant
 from labkit.files import whole_folder
 from labkit.models.config import ModelConfig
+from labkit.models.fingerprint import code, fingerprint
 from labkit.models.llama import Llama
 from labkit.models.protocol import protocol_for
 from labkit.models.quantize import Made, quantize
 from labkit.models.recipe import Recipe
+from labkit.models.rotate import online, restore
 from labkit.models.store import MARKER, build
 from labkit.models.store import load as load_model
 from labkit.models.tokenizer import Tokenizer
+from labkit.models.unfinished import unfinished_folder
 from labkit.quant import Packed, QuantizedTensor
 from labkit.settings import settings
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
+ROTATED = "labkit_rotated_"  # before model_type and architecture where online transforms stand
 _PACKAGES = ("labkit", "torch", "safetensors", "tokenizers")
 
 
@@ -67,6 +74,9 @@ def save(model: Llama, folder: Path | str, *, overwrite: bool = False) -> Path:
             tensors[name] = tensor.detach().contiguous()
     made = model.made
     config = {**model.config.to_hf(), "quantization_config": {"quant_method": "labkit", "format": FORMAT}}
+    if transforms := online(model):
+        config["model_type"] = ROTATED + config["model_type"]
+        config["architectures"] = [ROTATED + name for name in config["architectures"]]
     protocol = protocol_for(model.tokenizer)
     with whole_folder(folder, overwrite=overwrite) as part:
         save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
@@ -80,10 +90,12 @@ def save(model: Llama, folder: Path | str, *, overwrite: bool = False) -> Path:
             "recipe": made.recipe.to_dict(),
             "seed": made.seed,
             "propagate": made.propagate,
+            "fallbacks": list(made.fallbacks),
             "protocol": protocol.hash,
             "eos_ids": list(model.tokenizer.eos_ids),
             "weights": {"bytes": (part / WEIGHTS).stat().st_size, "sha256": _sha256(part / WEIGHTS)},
             "layers": layers,
+            "online": transforms,
             "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -116,13 +128,24 @@ def load(folder: Path | str) -> Llama:
         tensors = load_file(path)
         hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         hf.pop("quantization_config", None)
+        transforms = marker.get("online", {})
+        if transforms:
+            hf["model_type"] = hf["model_type"].removeprefix(ROTATED)
+        signs = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".signs")}
         config = ModelConfig.from_hf(hf, str(folder / "config.json"))
         weights = {
             name: QuantizedTensor.unpack(Packed(_take(tensors, f"{name}.weight."), metadata))
             for name, metadata in marker["layers"].items()
         }
         recipe = Recipe.from_dict(marker["recipe"], where=f"{folder / MARKER}, recipe")
-        made = Made(marker["model"], marker["model_seed"], recipe, marker["seed"], marker["propagate"])
+        made = Made(
+            marker["model"],
+            marker["model_seed"],
+            recipe,
+            marker["seed"],
+            marker["propagate"],
+            tuple(marker.get("fallbacks", ())),
+        )
         eos_ids = tuple(marker["eos_ids"])
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
@@ -132,6 +155,12 @@ def load(folder: Path | str) -> Llama:
     stand_ins = {f"{name}.weight": torch.empty(1).expand(weight.shape) for name, weight in weights.items()}
     tokenizer = Tokenizer.from_folder(folder, eos_ids)
     model = build(config, {**tensors, **stand_ins}, tokenizer, marker["model"])
+    try:
+        restore(model, transforms, signs)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint {folder} cannot be read ({error}); make it again with labkit quantize"
+        ) from error
     linears = model.linears()
     for name, weight in weights.items():
         linears[name].weight = weight
@@ -183,12 +212,13 @@ def checkpoint_for(
     model: as ``load`` takes it, None for ``LABKIT_MODEL``. seed: of off-grid factors and calibration
     windows alike. A checkpoint is found by the recipe with all its options, the model's weights, the seed,
     the code of the quantizers and the version of torch, in ``LABKIT_SHARED_CACHE`` first, then in the
-    cache. Several processes may ask at once: one makes it, the others wait. Raises as ``load`` and
+    cache. Several processes may ask at once: one makes it, the others wait; after an interruption the next
+    goes on with what was done. Raises as ``load`` and
     ``quantize`` do.
     """
     recipe = Recipe.load(recipe) if isinstance(recipe, str) else recipe
     original = load_model(model, seed=seed)
-    key = _key(recipe, original, seed)
+    key = fingerprint(recipe, original, FORMAT, seed, code())
     name = re.sub(r"[^\w.-]", "_", f"{original.name}-{recipe.name}-{seed}-{key}")
     where = settings()
     for cache in (where.shared_cache, where.cache):
@@ -201,30 +231,11 @@ def checkpoint_for(
             # Left by makers that were killed: while we hold the lock, none of them is alive.
             for left in folder.parent.glob(f".{name}.*.part"):
                 shutil.rmtree(left, ignore_errors=True)
-            save(quantize(original, recipe, seed=seed, progress=progress), folder, overwrite=True)
+            state = unfinished_folder(recipe, original, seed)
+            quantized = quantize(original, recipe, seed=seed, state=state, progress=progress)
+            save(quantized, folder, overwrite=True)
+            shutil.rmtree(state, ignore_errors=True)
     return folder
-
-
-def _key(recipe: Recipe, model: Llama, seed: int) -> str:
-    tree = {key: value for key, value in recipe.to_dict().items() if key != "name"}
-    digest = hashlib.sha256(json.dumps([FORMAT, tree, seed, torch.__version__]).encode() + _sample(model))
-    sources = sorted(Path(labkit.quant.__file__).parent.glob("*.py"))
-    sources += [
-        Path(__file__).with_name(f"{part}.py")
-        for part in ("calibrate", "fisher", "protocol", "quantize", "texts")
-    ]
-    for path in sources:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:10]
-
-
-def _sample(model: Llama) -> bytes:
-    """A thousand elements of each tensor of the model: other weights, another sample."""
-    parts = [repr(model.config).encode()]
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().reshape(-1)
-        parts += [name.encode(), flat[:: max(1, len(flat) // 1000)].float().numpy().tobytes()]
-    return b"".join(parts)
 
 
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ def compare(
         start = time.perf_counter()
         recipe = model.made.recipe.name if model.made else "none"
         final = known if model is reference else _final(model, protocol.tokens, recipe, progress)
-        nll, kl, top1 = _score(final, model.lm_head, known, reference.lm_head, protocol)
+        nll, kl, top1 = score(final, model.lm_head, known, reference.lm_head, protocol)
         over_layers, over_model, size = sizes(model)
         reports.append(
             Report(
@@ -161,7 +161,7 @@ def sizes(model: Llama) -> tuple[float, float, int]:
     """
     linears = model.linears()
     packed = [m.weight for m in linears.values() if not isinstance(m.weight, Tensor)]
-    plain = {id(p): p for p in model.parameters()}.values()
+    plain = {id(p): p for p in model.state_dict(keep_vars=True).values()}.values()
     bits = 8 * sum(w.nbytes for w in packed)
     count = sum(w.shape.numel() for w in packed)
     total_bytes = bits // 8 + sum(p.nbytes for p in plain)
@@ -198,10 +198,10 @@ def _final(model: Llama, tokens: Tensor, what: str, progress: bool | None) -> Te
         for linear in block.modules():
             if isinstance(linear, Linear):
                 linear.weight = torch.empty(0)  # the copy's: let go of the float32 weights
-    return work.model.norm(x)
+    return work.final(x)
 
 
-def _score(
+def score(
     final: Tensor, head: Linear, known: Tensor, known_head: Linear, protocol: Protocol
 ) -> tuple[float, float, float]:
     """Mean negative log-likelihood, mean KL(reference || model), and the share of equal first choices."""

@@ -81,12 +81,7 @@ def fisher(
 def fisher_bytes(config: ModelConfig, tokens: int, weights: Collection[int]) -> int:
     """Bytes that ``fisher`` takes beside the model, for windows of ``tokens`` and layers of so many weights.
 
-    The Fisher itself, one layer's gradient, and what one window's pass keeps for its way back: in each
-    decoder layer four vectors of the hidden size, four of the MLP's and five as wide as the queries; the
-    logits four times. Attention's probabilities are not kept: PyTorch's fused attention makes them anew. A
-    quarter is added for what the way back takes itself, and the allocator.
+    The Fisher itself, one layer's gradient, and what one window's pass keeps for its way back. A quarter is
+    added for what the way back takes itself, and the allocator.
     """
-    q = config.heads * config.head_dim
-    layer = 4 * config.hidden_size + 4 * config.intermediate_size + 5 * q
-    kept = tokens * (config.layers * layer + 4 * config.vocab_size)
-    return 5 * (sum(weights) + max(weights) + kept)
+    return 5 * (4 * (sum(weights) + max(weights)) + memory.pass_bytes(config, tokens, logits=4)) // 4

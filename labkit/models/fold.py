@@ -45,8 +45,9 @@ class Site:
 def sites(model: Llama) -> dict[str, Site]:
     """Every place of the model where a factor can be folded in, by its producer's name, in order.
 
-    Per layer: each norm into the linears that read it; v into o; up into down. Not the gate, whose SiLU
-    is no linear map; not q and k, between which the rotary embedding and perhaps a norm stand.
+    Per layer: each norm into the linears that read it; v into o; up into down, unless an online transform
+    stands between them. Not the gate, whose SiLU is no linear map; not q and k, between which the rotary
+    embedding and perhaps a norm stand.
     """
     found: list[Site] = []
     for index, block in enumerate(model.blocks):
@@ -61,8 +62,9 @@ def sites(model: Llama) -> dict[str, Site]:
                 block.post_attention_layernorm,
                 (mlp.gate_proj, mlp.up_proj),
             ),
-            Site(f"{prefix}.mlp.up_proj", mlp.up_proj, (mlp.down_proj,)),
         ]
+        if isinstance(mlp.mix, nn.Identity):
+            found.append(Site(f"{prefix}.mlp.up_proj", mlp.up_proj, (mlp.down_proj,)))
     return {site.name: site for site in found}
 
 
@@ -103,6 +105,21 @@ def fold(site: Site, factor: Tensor) -> None:
     undo = site.spread(1 / factor)
     for linear, weight in zip(site.consumers, columns, strict=True):
         linear.weight = weight * undo  # (out, in), a factor per column
+
+
+def absorb(site: Site) -> None:
+    """Move the whole gain of a norm into the linears that read it: the gain is 1 afterwards.
+
+    Any gain goes, negative and zero too, which ``fold`` cannot undo. Raises ValueError for a site that no
+    norm produces, or a layer that is quantized already.
+    """
+    if not isinstance(site.producer, RMSNorm):
+        raise ValueError(f"{site.name}: only a norm has a gain; fold a factor instead")
+    gain = _dense(site, site.producer)
+    columns = [_dense(site, linear) for linear in site.consumers]
+    site.producer.weight = _parameter(torch.ones_like(gain))
+    for linear, weight in zip(site.consumers, columns, strict=True):
+        linear.weight = weight * gain  # (out, in), a factor per column
 
 
 def _dense(site: Site, module: RMSNorm | Linear) -> Tensor:

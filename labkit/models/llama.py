@@ -186,9 +186,10 @@ class MLP(nn.Module):
         self.gate_proj = _linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.up_proj = _linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.down_proj = _linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        self.mix: nn.Module = nn.Identity()  # an online transform of down's input, where ``rotate`` put one
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.mix(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -218,6 +219,9 @@ class Body(nn.Module):
         self.embed_tokens.requires_grad_(False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        # Online transforms of the residual stream: after the embedding, and before the last norm.
+        self.enter: nn.Module = nn.Identity()
+        self.leave: nn.Module = nn.Identity()
 
 
 class Llama(nn.Module):
@@ -280,11 +284,15 @@ class Llama(nn.Module):
         angles = cache.positions[:, None, :, None] * self.inverse_frequencies  # (B, 1, T, head_dim / 2)
         cos, sin = angles.cos(), angles.sin()
         rotary = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # (B, 1, T, head_dim)
-        return self.model.embed_tokens(tokens), rotary, cache
+        return self.model.enter(self.model.embed_tokens(tokens)), rotary, cache
 
     def end(self, x: Tensor) -> Tensor:
         """Logits (B, T, vocab) float32 from the residual stream (B, T, hidden) after the last layer."""
-        return self.lm_head(self.model.norm(x)).float()
+        return self.lm_head(self.final(x)).float()
+
+    def final(self, x: Tensor) -> Tensor:
+        """What the head reads, (B, T, hidden), from the residual stream (B, T, hidden) after the last layer."""
+        return self.model.norm(self.model.leave(x))
 
 
 def _linear(inputs: int, outputs: int, bias: bool) -> Linear:

@@ -57,6 +57,18 @@ def kv_bytes(config: ModelConfig, tokens: int, bits: float = 16) -> float:
     return 2 * config.layers * config.kv_heads * config.head_dim * tokens * bits / 8
 
 
+def pass_bytes(config: ModelConfig, tokens: int, logits: int) -> int:
+    """Bytes that a pass of ``tokens`` tokens keeps for its way back, in float32.
+
+    In each decoder layer four vectors of the hidden size, four of the MLP's and five as wide as the queries;
+    the logits ``logits`` times. Attention's probabilities are not kept: PyTorch's fused attention makes them
+    anew.
+    """
+    q = config.heads * config.head_dim
+    layer = 4 * config.hidden_size + 4 * config.intermediate_size + 5 * q
+    return 4 * tokens * (config.layers * layer + logits * config.vocab_size)
+
+
 def available(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes this process can still take: what the machine has free, or what its cgroup leaves, if less.
 

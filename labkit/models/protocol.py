@@ -110,7 +110,7 @@ def calibration_windows(tokenizer: Tokenizer, count: int, tokens: int, seed: int
 
     Raises ValueError when the text does not hold so many.
     """
-    stream = _encode(tokenizer, _text(calibration_chapters()))
+    stream = _calibration_stream(tokenizer)
     whole = stream[: len(stream) // tokens * tokens].view(-1, tokens)  # (available, tokens)
     if count > len(whole):
         raise ValueError(
@@ -118,6 +118,20 @@ def calibration_windows(tokenizer: Tokenizer, count: int, tokens: int, seed: int
         )
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
     return whole[order[:count]].clone()
+
+
+def training_windows(tokenizer: Tokenizer, count: int, tokens: int, seed: int) -> Tensor:
+    """``count`` windows of ``tokens`` tokens, int64 (count, tokens), from anywhere in the calibration text.
+
+    Each starts where the seed says, so any number of them can be drawn; they overlap. Raises ValueError
+    when the text is shorter than a window.
+    """
+    stream = _calibration_stream(tokenizer)
+    if tokens > len(stream):
+        raise ValueError(f"asked for windows of {tokens} tokens; the calibration text has {len(stream)}")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(stream) - tokens + 1, (count, 1), generator=generator)
+    return stream[starts + torch.arange(tokens)]
 
 
 def build(tokenizer: Tokenizer, windows: int = WINDOWS, tokens: int = TOKENS) -> Protocol:
@@ -164,6 +178,11 @@ def _text(part: list[Chapter]) -> str:
 
 def _encode(tokenizer: Tokenizer, text: str) -> Tensor:
     return torch.tensor(tokenizer.encode(text), dtype=torch.int64)
+
+
+@lru_cache(maxsize=1)  # seconds of work, asked for again by every recipe
+def _calibration_stream(tokenizer: Tokenizer) -> Tensor:
+    return _encode(tokenizer, _text(calibration_chapters()))
 
 
 @lru_cache(maxsize=1)

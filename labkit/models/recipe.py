@@ -2,11 +2,15 @@
 
     name: w4a16-gptq-g64
     calibration: {windows: 32, tokens: 256}
+    transforms:                  # in order, before the rules; may be left out
+      - name: rotate
+        options: {seed: 0}
     rules:
       - match: model.layers.*    # shell pattern over Hugging Face names; the first that matches wins
         weight: int4 g64 asym    # a QuantSpec, or keep
         method: gptq
         options: {act_order: true}
+    train: {steps: 1000}         # quantization-aware training afterwards; may be left out
 
 A recipe's name follows the field: w4a16-gptq-g64 has 4-bit weights, activations that are not quantized
 (16-bit floats on most GPUs, float32 here), GPTQ, groups of 64. ``str(recipe)`` writes out everything that
@@ -16,14 +20,16 @@ such a name leaves open.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from labkit.models.transforms import TRANSFORMS
 from labkit.quant import METHODS, QuantSpec
 from labkit.quant.methods import Method
 
@@ -59,8 +65,16 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Transform:
+    """What is done to the whole model first: a name in ``labkit.models.transforms.TRANSFORMS``, its options."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """How much text the methods that need statistics see: ``windows`` times ``tokens``."""
+    """How much text the methods and transforms that need statistics see: ``windows`` times ``tokens``."""
 
     windows: int = 32
     tokens: int = 256
@@ -72,13 +86,49 @@ class Calibration:
                 raise ValueError(f"calibration.{name} must be a positive whole number, found {value!r}")
 
 
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast the quantized layers are trained after their rule's method has found their grids.
+
+    steps       of ``windows`` times ``tokens`` tokens each
+    rate        AdamW's learning rate for the weights, in their own unit; after ``warmup`` steps it falls along a
+                cosine to a tenth
+    scale_rate  the same for the scales and offsets
+    decay       AdamW's decoupled weight decay; the scales have none
+    """
+
+    steps: int = 1000
+    windows: int = 8
+    tokens: int = 256
+    rate: float = 1e-4
+    scale_rate: float = 1e-4
+    warmup: int = 20
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, whole = getattr(self, f.name), isinstance(f.default, int)
+            least = 0 if f.name in ("warmup", "decay", "scale_rate") else 1 if whole else 5e-324
+            kind = int if whole else (int, float)
+            if not isinstance(value, kind) or isinstance(value, bool) or not least <= value < math.inf:
+                raise ValueError(
+                    f"train.{f.name} must be a {'whole ' if whole else ''}number "
+                    f"{'of at least 0' if least == 0 else 'above 0'}, found {value!r}"
+                )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Rules in order: the first that matches a layer's name wins. What none matches is left alone."""
+    """Transforms of the whole model in order, which keep its function; then, for each layer, the first rule
+    that matches its name. What none matches is left alone. With ``train`` the layers are trained on their
+    grids afterwards.
+    """
 
     rules: tuple[Rule, ...]
+    transforms: tuple[Transform, ...] = ()
     name: str = "unnamed"
     calibration: Calibration = Calibration()
+    train: Training | None = None
 
     @classmethod
     def load(cls, source: str | Path) -> Recipe:
@@ -121,16 +171,29 @@ class Recipe:
     @classmethod
     def from_dict(cls, tree: Any, *, where: str = "recipe", name: str = "unnamed") -> Recipe:
         """A recipe from what ``to_dict`` or YAML gives. Raises ValueError as ``parse`` does."""
-        _keys(tree, required={"rules"}, optional={"name", "calibration"}, where=where)
+        _keys(
+            tree, required={"rules"}, optional={"name", "calibration", "transforms", "train"}, where=where
+        )
         if not isinstance(tree["rules"], list) or not tree["rules"]:
             raise ValueError(f"{where}: rules must be a list of at least one rule, found {tree['rules']!r}")
         if not isinstance(name := tree.get("name", name), str):
             raise ValueError(f"{where}: name must be a text, found {name!r}")
         rules = tuple(_rule(r, f"{where}, rule {i}") for i, r in enumerate(tree["rules"], start=1))
-        calibration = tree.get("calibration", {})
+        if not isinstance(steps := tree.get("transforms", []), list):
+            raise ValueError(f"{where}: transforms must be a list, found {steps!r}")
+        transforms = tuple(_transform(t, f"{where}, transform {i}") for i, t in enumerate(steps, start=1))
+        calibration, train = tree.get("calibration", {}), tree.get("train")
         _keys(calibration, optional={f.name for f in fields(Calibration)}, where=f"{where}, calibration")
+        if train is not None:
+            _keys(train, optional={f.name for f in fields(Training)}, where=f"{where}, train")
         try:
-            return cls(rules=rules, name=name, calibration=Calibration(**calibration))
+            return cls(
+                rules=rules,
+                transforms=transforms,
+                name=name,
+                calibration=Calibration(**calibration),
+                train=None if train is None else Training(**train),
+            )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
@@ -146,7 +209,17 @@ class Recipe:
             if options:
                 rules[-1]["options"] = options
         calibration = {"windows": self.calibration.windows, "tokens": self.calibration.tokens}
-        return {"name": self.name, "calibration": calibration, "rules": rules}
+        tree: dict[str, Any] = {"name": self.name, "calibration": calibration, "rules": rules}
+        if self.transforms:
+            tree["transforms"] = [
+                {"name": t.name, "options": options}
+                if (options := expand_transform(t))
+                else {"name": t.name}
+                for t in self.transforms
+            ]
+        if self.train is not None:
+            tree["train"] = asdict(self.train)
+        return tree
 
     def rule_for(self, layer: str) -> Rule | None:
         """The first rule that matches the layer's name, or None."""
@@ -155,10 +228,18 @@ class Recipe:
     def plan(self, layers: Collection[str], methods: Mapping[str, Method] = METHODS) -> dict[str, Rule]:
         """Which rule quantizes which layer, for the layers that are quantized, in the order given.
 
-        Raises ValueError before any work is done for a method that ``methods`` lacks, an option that the
-        method does not take, a spec that it cannot do, a quantizing rule that matches no layer, and a recipe
+        Raises ValueError before any work is done for a method that ``methods`` lacks or a transform that
+        there is not, an option that it does not take, a spec that the method cannot do, a quantizing rule
+        that matches no layer, and a recipe
         that quantizes nothing.
         """
+        for step in self.transforms:
+            if step.name not in TRANSFORMS:
+                raise ValueError(
+                    f"recipe {self.name}: there is no transform {step.name!r}; there is "
+                    f"{', '.join(sorted(TRANSFORMS))}"
+                )
+            self._check_options("transform", step.name, TRANSFORMS[step.name], step.options)
         for rule in self.rules:
             if rule.method is None:
                 continue
@@ -167,12 +248,7 @@ class Recipe:
                     f"recipe {self.name}: rule {rule.match!r} asks for method {rule.method!r}; there is "
                     f"{', '.join(sorted(methods))}"
                 )
-            known = defaults(methods[rule.method])
-            if known is not None and (unknown := set(rule.options) - set(known)):
-                raise ValueError(
-                    f"recipe {self.name}: method {rule.method!r} has no option "
-                    f"{', '.join(sorted(unknown))}; it takes {', '.join(sorted(known)) or 'none'}"
-                )
+            self._check_options("method", rule.method, methods[rule.method], rule.options)
             if check := getattr(methods[rule.method], "check", None):
                 try:
                     check(rule.weight, **rule.options)
@@ -194,10 +270,22 @@ class Recipe:
             )
         return plan
 
+    def _check_options(
+        self, kind: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]
+    ) -> None:
+        known = defaults(function)
+        if known is not None and (unknown := set(options) - set(known)):
+            raise ValueError(
+                f"recipe {self.name}: {kind} {name!r} has no option "
+                f"{', '.join(sorted(unknown))}; it takes {', '.join(sorted(known)) or 'none'}"
+            )
+
     @property
     def calibrated(self) -> bool:
-        """Whether any rule's method needs statistics, and so text."""
-        return any(needs(METHODS[r.method]) for r in self.rules if r.method in METHODS)
+        """Whether any transform or any rule's method looks at the layers' inputs."""
+        return any(needs(METHODS[r.method]) for r in self.rules if r.method in METHODS) or any(
+            needs(TRANSFORMS[t.name]) for t in self.transforms if t.name in TRANSFORMS
+        )
 
     def __str__(self) -> str:
         """The full expansion, itself a YAML recipe: what a name leaves open stands here."""
@@ -206,6 +294,15 @@ class Recipe:
         lines.append(
             f"calibration: {{windows: {self.calibration.windows}, tokens: {self.calibration.tokens}}}{seen}"
         )
+        if self.transforms:
+            lines.append(
+                "transforms:  # in this order, before the rules; each keeps the function of the model"
+            )
+        for step in self.transforms:
+            lines.append(f"- name: {step.name}")
+            if options := expand_transform(step):
+                lines.append("  options:")
+                lines += [f"    {key}: {_inline(value)}" for key, value in options.items()]
         lines.append("rules:  # the first that matches a layer's name wins")
         for rule in self.rules:
             lines.append(f"- match: {_inline(rule.match)}")
@@ -217,6 +314,11 @@ class Recipe:
             if options := expand(rule):
                 lines.append("  options:")
                 lines += [f"    {key}: {_inline(value)}" for key, value in options.items()]
+        if self.train is not None:
+            lines.append(
+                "train:  # on the grids that the rules' methods found: LSQ, distilled from the original"
+            )
+            lines += [f"  {key}: {_inline(value)}" for key, value in asdict(self.train).items()]
         lines.append("# every layer that no rule matches is left as it is; activations are not quantized")
         return "\n".join(lines)
 
@@ -226,23 +328,32 @@ def names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
-def needs(method: Method) -> frozenset[str]:
-    """The statistics that a method asks for: ``{"hessian"}`` for GPTQ, nothing for RTN."""
+def needs(method: Callable[..., Any]) -> frozenset[str]:
+    """What a method or transform asks for: ``{"hessian"}`` for GPTQ, nothing for RTN."""
     return frozenset(getattr(method, "needs", ()))
 
 
-def defaults(method: Method) -> dict[str, Any] | None:
-    """A method's options and their defaults; None when it takes any (``**options``)."""
+def defaults(method: Callable[..., Any]) -> dict[str, Any] | None:
+    """A method's or transform's options and their defaults; None when it takes any (``**options``)."""
     parameters = inspect.signature(method).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
-    return {p.name: p.default for p in parameters if p.name not in ("weight", "spec", "stats")}
+    return {p.name: p.default for p in parameters if p.name not in ("weight", "spec", "stats", "model")}
 
 
 def expand(rule: Rule) -> dict[str, Any]:
     """A rule's options together with its method's defaults, by name; what is None is left out."""
-    known = defaults(METHODS[rule.method]) if rule.method in METHODS else None
-    options = {**(known or {}), **rule.options}
+    return _expand(METHODS.get(rule.method or ""), rule.options)
+
+
+def expand_transform(step: Transform) -> dict[str, Any]:
+    """A transform's options together with its defaults, by name; what is None is left out."""
+    return _expand(TRANSFORMS.get(step.name), step.options)
+
+
+def _expand(function: Callable[..., Any] | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    known = defaults(function) if function is not None else None
+    options = {**(known or {}), **given}
     return {key: options[key] for key in sorted(options) if options[key] is not None}
 
 
@@ -294,6 +405,16 @@ def _rule(tree: Any, where: str) -> Rule:
         return Rule(match, spec, method, options or {})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _transform(tree: Any, where: str) -> Transform:
+    _keys(tree, required={"name"}, optional={"options"}, where=where)
+    name, options = tree["name"], tree.get("options")
+    if not isinstance(name, str):
+        raise ValueError(f"{where}: name must be a text, found {name!r}")
+    if options is not None and not isinstance(options, dict):
+        raise ValueError(f"{where}: options must be a mapping of names to values, found {options!r}")
+    return Transform(name, options or {})
 
 
 def _keys(tree: Any, *, required: Collection[str] = (), optional: Collection[str] = (), where: str) -> None:

@@ -20,7 +20,7 @@ from labkit.quant.fit import check_finite, check_has_values, fit, working
 from labkit.quant.grid import Grid
 from labkit.quant.observers import Observer
 from labkit.quant.spec import QuantSpec
-from labkit.quant.stats import Stats
+from labkit.quant.stats import Stats, hessian_of
 from labkit.quant.tensor import Params, QuantizedTensor
 
 # update(weights_right (out, remaining), error (out,), hinv_row (remaining,)) -> new weights_right
@@ -59,6 +59,7 @@ def gptq(
     static_groups  fit every scale on the weights as they came, instead of each group's when its turn comes,
                    on columns that already make up for those before it. Scales that are quantized
                    themselves or lie along flat runs are always static
+    observer       chooses the range of each group's grid: minmax, or mse, which clips where that rounds better
     update         your own rank-one update, for W[:, j+1:] - err U[j, j+1:] within a block: takes
                    weights_right (out, remaining), error (out,) and hinv_row (remaining,), returns
                    the new weights_right. It gets views and may work in place
@@ -71,7 +72,7 @@ def gptq(
     """
     check_finite(weight)
     W = working(weight.detach())
-    H = _hessian(stats, W)
+    H = hessian_of(stats, W, "gptq")
     if W.numel() == 0:
         return encode(W, spec, fit(W, spec, observer))
     rows, columns = W.shape
@@ -114,13 +115,14 @@ def gptq(
     # W lies on the grid now, so encode only names its codes.
     if static:
         return encode(W[:, back].contiguous(), spec, fitted[0])
-    tensor = encode(W.contiguous(), spec, _side_by_side(fitted))
+    tensor = encode(W.contiguous(), spec, Params.side_by_side(fitted))
     if not act_order:
         return tensor
     return replace(tensor, codes=tensor.codes[:, back].contiguous(), g_idx=(back // group).int())
 
 
 gptq.needs = frozenset({"hessian"})  # type: ignore[attr-defined]
+gptq.paper = "Frantar et al. 2022, arXiv 2210.17323"  # type: ignore[attr-defined]
 gptq.check = check_has_values  # type: ignore[attr-defined]
 
 
@@ -172,20 +174,6 @@ def _update_right(right: Tensor, err: Tensor, hinv_row: Tensor, update: Update |
         right.copy_(new)
 
 
-def _hessian(stats: Stats | None, W: Tensor) -> Tensor:
-    if stats is None:
-        raise ValueError("gptq needs stats with the hessian of the layer's inputs: Stats.of(inputs)")
-    H = stats.hessian
-    if W.ndim != 2 or H.shape != (W.shape[1], W.shape[1]):
-        raise ValueError(
-            f"expected a weight (out, in) and a hessian (in, in); "
-            f"found {tuple(W.shape)} and {tuple(H.shape)}"
-        )
-    if not bool(H.isfinite().all()):
-        raise ValueError("the hessian holds NaN or infinity: look at the calibration inputs of this layer")
-    return H
-
-
 def _per_weight(params: Params, blocks: Blocks, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point (0 where there is none) of every weight, each (out, columns)."""
     scale, zero = params.dense(dtype)
@@ -199,10 +187,3 @@ def _per_weight(params: Params, blocks: Blocks, dtype: torch.dtype) -> tuple[Ten
 def _columns_contiguous(x: Tensor) -> Tensor:
     """The same matrix, stored column by column: that is how the loop reads and writes it."""
     return x.T.contiguous().T
-
-
-def _side_by_side(groups: list[Params]) -> Params:
-    """Neighbouring groups' parameters as those of the whole matrix."""
-    scales = [group.scale for group in groups if isinstance(group.scale, Tensor)]
-    zeros = [group.zero for group in groups if group.zero is not None]
-    return Params(torch.cat(scales, dim=1), torch.cat(zeros, dim=1) if zeros else None)

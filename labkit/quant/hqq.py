@@ -73,6 +73,7 @@ def check(
 
 
 hqq.needs = frozenset()  # type: ignore[attr-defined]
+hqq.paper = "Badri & Shaji 2023, Mobius Labs"  # type: ignore[attr-defined]
 hqq.check = check  # type: ignore[attr-defined]
 
 

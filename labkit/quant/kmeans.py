@@ -92,6 +92,9 @@ def check(spec: QuantSpec, codebook: Codebook = "row") -> None:
 
 kmeans.needs = quantile.needs = frozenset()  # type: ignore[attr-defined]
 squeezellm.needs = frozenset({"fisher"})  # type: ignore[attr-defined]
+kmeans.paper = "Lloyd 1982, IEEE Trans. Inf. Theory 28(2)"  # type: ignore[attr-defined]
+squeezellm.paper = "Kim et al. 2023, arXiv 2306.07629"  # type: ignore[attr-defined]
+quantile.paper = "Dettmers et al. 2023, arXiv 2305.14314"  # type: ignore[attr-defined]
 kmeans.check = squeezellm.check = quantile.check = check  # type: ignore[attr-defined]
 
 

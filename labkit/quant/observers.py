@@ -6,7 +6,7 @@ criterion small. ``functools.partial(percentile, keep=99.0)`` is an observer wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol
 
@@ -71,7 +71,7 @@ def mse(blocks: Tensor, spec: QuantSpec, weight: Tensor | None = None) -> tuple[
         error = (blocks - grid.round(blocks, scale, zero)).square()
         return (error if weight is None else error * weight).sum(dim=1, dtype=torch.float64)
 
-    return _search(blocks.amin(dim=1), blocks.amax(dim=1), spec, squared_error)
+    return search(blocks.amin(dim=1), blocks.amax(dim=1), spec, squared_error)
 
 
 def entropy(
@@ -132,20 +132,26 @@ def _entropy(blocks: Tensor, spec: QuantSpec, weight: Tensor, bins: int) -> tupl
         enough = (last - first + 1)[:, 0] >= (codes // 2 if folded else codes)
         return torch.where(enough, kl, torch.inf)
 
-    lo, hi = _search(low, high, spec, divergence)
+    lo, hi = search(low, high, spec, divergence)
     return (_clip(blocks.amin(dim=1), hi), _clip(blocks.amax(dim=1), hi)) if folded else (lo, hi)
 
 
-def _search(
-    lo: Tensor, hi: Tensor, spec: QuantSpec, cost: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+def search(
+    lo: Tensor,
+    hi: Tensor,
+    spec: QuantSpec,
+    cost: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    ratios: Iterable[float] = RATIOS,
 ) -> tuple[Tensor, Tensor]:
-    """Of (lo, hi) clipped to [-a, a], each block's range with the least ``cost(lo, hi, scale, zero)``."""
+    """Of (lo, hi) clipped to [-a, a], each block's range with the least ``cost(lo, hi, scale, zero)``, where
+    a is a ratio of the largest magnitude.
+    """
     from labkit.quant.fit import params_for  # fit calls observers
 
     absmax = torch.maximum(lo.abs(), hi.abs())
     least = torch.full(lo.shape, torch.inf, dtype=torch.float64, device=lo.device)
     best_lo, best_hi = lo, hi
-    for ratio in RATIOS:
+    for ratio in ratios:
         a = ratio * absmax
         low, high = _clip(lo, a), _clip(hi, a)
         scale, zero = params_for(low, high, spec).dense(lo.dtype)

@@ -44,3 +44,23 @@ class Stats:
         self.samples += len(x)
         self.hessian *= 1 - len(x) / self.samples
         self.hessian.addmm_(x.T, x, alpha=1 / self.samples)
+
+
+def hessian_of(stats: Stats | None, weight: Tensor, method: str) -> Tensor:
+    """The hessian (in, in) of the inputs of ``weight`` (out, in), for ``method``, which cannot do without.
+
+    Raises ValueError where it is missing, has another shape, has seen nothing, or holds NaN or infinity.
+    """
+    if stats is None:
+        raise ValueError(f"{method} needs stats with the hessian of the layer's inputs: Stats.of(inputs)")
+    H = stats.hessian
+    if weight.ndim != 2 or H.shape != (weight.shape[1], weight.shape[1]):
+        raise ValueError(
+            f"expected a weight (out, in) and a hessian (in, in); "
+            f"found {tuple(weight.shape)} and {tuple(H.shape)}"
+        )
+    if stats.samples == 0 and weight.numel():
+        raise ValueError("the calibration is empty: these stats have seen no input; give some text")
+    if not bool(H.isfinite().all()):
+        raise ValueError("the hessian holds NaN or infinity: look at the calibration inputs of this layer")
+    return H

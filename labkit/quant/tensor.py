@@ -40,6 +40,13 @@ class Params:
         )
         return scale, None if self.zero is None else self.zero.to(dtype)
 
+    @classmethod
+    def side_by_side(cls, groups: list[Params]) -> Params:
+        """Neighbouring groups' plain parameters, each (row blocks, 1), as those of the whole matrix."""
+        scales = [group.scale for group in groups if isinstance(group.scale, Tensor)]
+        zeros = [group.zero for group in groups if group.zero is not None]
+        return cls(torch.cat(scales, dim=1), torch.cat(zeros, dim=1) if zeros else None)
+
 
 @dataclass(frozen=True)
 class Packed:

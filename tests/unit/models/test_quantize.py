@@ -277,4 +277,4 @@ def test_it_remembers_how_it_was_made(tiny: models.Llama) -> None:
 
 def test_the_signature_is_the_documented_one() -> None:
     parameters = inspect.signature(models.quantize).parameters
-    assert list(parameters) == ["model", "recipe", "seed", "propagate", "methods", "progress"]
+    assert list(parameters) == ["model", "recipe", "seed", "propagate", "methods", "state", "progress"]

@@ -24,6 +24,13 @@ SHIPPED = {  # name: (spec, method, act_order), as the name says
     "w4a16-gptq-g64-actorder": ("int4 g64 asym", "gptq", True),
     "w3a16-rtn-g64": ("int3 g64 asym", "rtn", None),
     "w3a16-gptq-g64": ("int3 g64 asym", "gptq", False),
+    "w3a16-adaround-g64": ("int3 g64 asym", "adaround", None),
+    "w4a16-awq-g64": ("int4 g64 asym", "rtn_clip", None),
+    "w3a16-awq-g64": ("int3 g64 asym", "rtn_clip", None),
+    "w4a16-rotate-rtn-g64": ("int4 g64 asym", "rtn", None),
+    "w3a16-rotate-rtn-g64": ("int3 g64 asym", "rtn", None),
+    "w4a16-rotate-gptq-g64": ("int4 g64 asym", "gptq", False),
+    "w3a16-rotate-gptq-g64": ("int3 g64 asym", "gptq", False),
     "w4a16-hqq-g64": ("int4 g64 asym-float", "hqq", None),
     "w3a16-hqq-g64": ("int3 g64 asym-float", "hqq", None),
     "w4a16-kmeans-g64": ("table4 g64", "kmeans", None),
@@ -37,6 +44,7 @@ SHIPPED = {  # name: (spec, method, act_order), as the name says
     "w4a16-mxfp4-g32": ("fp4_e2m1 g32 scale=e8m0", "rtn", None),
     "w4a16-nvfp4-g16": ("fp4_e2m1 g16 scale=(fp8_e4m3 tensor scale=fp32)", "rtn", None),
 }
+TRANSFORM = {"awq": "awq_scale", "rotate": "rotate"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -49,6 +57,8 @@ def test_a_shipped_recipe_does_what_its_name_says(name: str) -> None:
     assert {str(rule.weight) for rule in plan.values()} == {spec}
     assert {rule.method for rule in plan.values()} == {method}
     assert plan[LAYERS[0]].options.get("act_order") == act_order
+    words = name.split("-")
+    assert [step.name for step in recipe.transforms] == [TRANSFORM[w] for w in words if w in TRANSFORM]
 
 
 def test_names_lists_what_ships() -> None:
@@ -102,6 +112,45 @@ def test_the_expansion_leaves_nothing_open() -> None:
     assert "not used" in str(Recipe.load("w8a16-rtn-channel"))  # the calibration, of a method without
 
 
+def test_the_expansion_of_transforms_leaves_nothing_open() -> None:
+    text = str(Recipe.load("w4a16-awq-g64"))
+    assert re.search(r"^transforms:.*\n- name: awq_scale\n  options:\n    steps: 20\nrules:", text, re.M), (
+        text
+    )
+    assert "not used" not in text
+    text = str(Recipe.load("w4a16-rotate-rtn-g64"))
+    assert re.search(r"^transforms:.*\n- name: rotate\n  options:\n    seed: 0\nrules:", text, re.M), text
+    assert "not used" in text
+    assert "transforms" not in str(Recipe.load("w4a16-rtn-g64"))
+
+
+def test_text_is_used_where_only_a_transform_looks_at_it() -> None:
+    rules = "rules: [{match: '*', weight: int4 g64, method: rtn}]"
+    assert Recipe.parse(f"transforms: [{{name: awq_scale}}]\n{rules}").calibrated
+    assert not Recipe.parse(f"transforms: [{{name: rotate}}]\n{rules}").calibrated
+
+
+@pytest.mark.parametrize(
+    ("transforms", "says"),
+    [
+        ("[{name: rotat}]", "no transform 'rotat'; there is awq_scale, rotate"),
+        ("[{name: rotate, options: {sead: 1}}]", "transform 'rotate' has no option sead; it takes seed"),
+        ("[{name: awq_scale, options: {model: 1}}]", "no option model; it takes steps"),
+        ("[{name: rotate}, {name: awq}]", "no transform 'awq'"),
+        ("rotate", "transforms must be a list, found 'rotate'"),
+        ("[rotate]", "transform 1: expected a mapping"),
+        ("[{name: 3}]", "transform 1: name must be a text, found 3"),
+        ("[{options: {}}]", "transform 1: name missing"),
+        ("[{name: rotate}, {name: rotate, seed: 1}]", "transform 2: unknown key 'seed'"),
+        ("[{name: rotate, options: 3}]", "transform 1: options must be a mapping"),
+    ],
+)
+def test_a_bad_transform_is_refused_before_the_work(transforms: str, says: str) -> None:
+    text = f"transforms: {transforms}\nrules: [{{match: '*', weight: int4 g64, method: rtn}}]"
+    with pytest.raises(ValueError, match=says):
+        Recipe.parse(text).plan(LAYERS)
+
+
 def test_the_expansion_takes_defaults_from_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
     def other(weight, spec, stats=None, *, damp=0.5, steps=7):  # type: ignore[no-untyped-def]
         raise AssertionError
@@ -118,7 +167,7 @@ def test_the_expansion_takes_defaults_from_the_method(monkeypatch: pytest.Monkey
         ("", "expected a mapping"),
         ("- a", "expected a mapping"),
         ("rules: []", "at least one rule"),
-        ("rule: 1", "unknown key 'rule'; known are calibration, name, rules"),
+        ("rule: 1", "unknown key 'rule'; known are calibration, name, rules, train, transforms"),
         ("name: x", "rules missing"),
         ("rules: [{match: '*', weight: int9 g64, method: rtn}]", "rule 1: .*int9"),
         ("rules: [{match: '*', weight: int4 gg, method: rtn}]", "rule 1: .*gg"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -32,8 +33,31 @@ def grid_of(weight: Tensor, bits: int, affine: bool) -> tuple[Tensor, Tensor, in
     return scale, torch.zeros_like(scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
+def best_grid_of(weight: Tensor, bits: int, affine: bool) -> tuple[Tensor, Tensor, int, int]:
+    """Of every row's grids for its weights clipped to 1.00, 0.99, ... of their largest, that with the least
+    squared error.
+    """
+    best = grid_of(weight, bits, affine)
+    scale, zero, low, high = best
+    least = torch.full_like(scale, torch.inf)
+    for percent in range(100, 0, -1):
+        a = weight.abs().amax(1, keepdim=True) * (percent / 100)
+        s, z, _, _ = grid_of(torch.minimum(torch.maximum(weight, -a), a), bits, affine)
+        q = (torch.clamp(torch.round(weight / s) + z, low, high) - z) * s
+        error = (q - weight).square().sum(1, keepdim=True)
+        scale, zero = torch.where(error < least, s, scale), torch.where(error < least, z, zero)
+        least = torch.minimum(error, least)
+    return scale, zero, low, high
+
+
 def optimal_brain_quantizer(
-    weight: Tensor, hessian: Tensor, order: list[int], bits: int, affine: bool, group: int | None
+    weight: Tensor,
+    hessian: Tensor,
+    order: list[int],
+    bits: int,
+    affine: bool,
+    group: int | None,
+    grid_of: Callable[..., tuple[Tensor, Tensor, int, int]] = grid_of,
 ) -> Tensor:
     """Frantar & Alistarh 2022 (arXiv 2208.11580), section 5, in a fixed order and without its shortcut:
     before each column, H of the columns that are left is inverted anew.
@@ -78,6 +102,27 @@ def test_equals_the_optimal_brain_quantizer(bits: int, zero: str, group: int | N
         spec = QuantSpec.parse(f"int{bits} {'channel' if group is None else f'g{group}'} {zero}")
         found = gptq(weight, spec, stats, act_order=act_order, block_size=8)
         torch.testing.assert_close(found.dequantize(torch.float64), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("zero", ["sym", "asym"])
+def test_mse_grids_are_the_best_of_a_hundred(zero: str, static: bool):
+    for seed in range(3):
+        weight, inputs = correlated(7, 24, seed)
+        weight = weight**3  # long tails, so that clipping pays
+        stats, spec = Stats.of(inputs), QuantSpec.parse(f"int3 g12 {zero}")
+        options = {"observer": "mse", "static_groups": static}
+        found = gptq(weight, spec, stats, **options)
+        if static:
+            grids = [best_grid_of(weight[:, at : at + 12], 3, zero == "asym") for at in (0, 12)]
+            turn = iter(grids)
+            fitted = lambda *_, turn=turn: next(turn)  # noqa: E731
+        else:
+            fitted = best_grid_of
+        order, hessian = list(range(24)), damped(stats.hessian)
+        expected = optimal_brain_quantizer(weight, hessian, order, 3, zero == "asym", 12, fitted)
+        torch.testing.assert_close(found.dequantize(torch.float64), expected, rtol=1e-9, atol=1e-9)
+        assert not torch.equal(found.scale, gptq(weight, spec, stats, static_groups=static).scale)
 
 
 def test_hand_worked():
@@ -215,10 +260,12 @@ def test_dead_columns_are_rounded_to_nearest_and_disturb_nobody():
     assert torch.equal(found[:, alive], without)
 
 
-def test_no_inputs_at_all_is_round_to_nearest():
+def test_inputs_of_zeros_only_are_round_to_nearest_and_no_inputs_are_refused():
     weight, _ = correlated(4, 16, seed=0)
     spec = QuantSpec.parse("int4 g8")
-    assert torch.equal(gptq(weight, spec, Stats.empty(16)).codes, rtn(weight, spec).codes)
+    assert torch.equal(gptq(weight, spec, Stats.of(torch.zeros(3, 16))).codes, rtn(weight, spec).codes)
+    with pytest.raises(ValueError, match="calibration is empty"):
+        gptq(weight, spec, Stats.empty(16))
 
 
 def test_recovers_from_a_failed_cholesky_and_says_so():
@@ -320,9 +367,16 @@ def test_bad_input(value: float):
 
 def test_methods_are_called_alike():
     weight, inputs = correlated(4, 16, seed=0)
-    for method in METHODS.values():
-        assert method(weight, QuantSpec.parse("int4 g4"), Stats.of(inputs)).shape == (4, 16)
-    assert {name: method.needs for name, method in METHODS.items()} == {"rtn": set(), "gptq": {"hessian"}}
+    stats = Stats.of(inputs)
+    stats.fisher = weight.square()
+    specs = {"hqq": "int4 g4 asym-float"} | dict.fromkeys(
+        ("kmeans", "quantile", "squeezellm"), "table4 channel"
+    )
+    for name, method in METHODS.items():
+        assert method(weight, QuantSpec.parse(specs.get(name, "int4 g4")), stats).shape == (4, 16)
+    needs = {name: method.needs for name, method in METHODS.items()}
+    expected = {"rtn": set(), "rtn_clip": {"hessian"}, "gptq": {"hessian"}, "adaround": {"hessian"}}
+    assert needs.items() >= expected.items()
 
 
 def test_stats_do_not_depend_on_how_inputs_are_batched():
