@@ -8,7 +8,9 @@ from torch import Tensor
 
 from labkit import models
 from labkit.models import ModelStats, awq_scale, rotate
+from labkit.models.awq import search_scale
 from labkit.models.calibrate import shared_copy
+from labkit.models.fold import sites
 from labkit.models.llama import Llama
 from labkit.quant import QuantSpec, rtn
 
@@ -94,6 +96,25 @@ def test_the_scales_are_the_best_of_a_brute_force(producer: str, layer: int, tok
             rtol=1e-4,
             atol=1e-6,
         )
+
+
+def test_every_alpha_from_0_to_1_can_win_and_0_wins_a_tie() -> None:
+    generator, found = seeded(), set()
+    site = sites(random_llama())["model.layers.0.mlp.up_proj"]
+    for _ in range(20):
+        weight = torch.randn(8, 64, generator=generator)
+        x = torch.randn(20, 64, generator=generator) * torch.exp(torch.randn(64, generator=generator))
+        alpha, s = best_by_brute_force([weight], x, x.abs().mean(dim=0), 1)
+        found.add(alpha)
+        torch.testing.assert_close(search_scale([(weight, SPEC)], x, site), s, rtol=1e-4, atol=1e-6)
+    # one small column with a fivefold input can grow as far as s allows without widening its group's range
+    weight, x = torch.randn(512, 64, generator=generator), torch.eye(64)
+    weight[:, 0], x[0, 0] = 0.3 * torch.rand(512, generator=generator), 5.0
+    alpha, s = best_by_brute_force([weight], x, x.abs().mean(dim=0), 1)
+    torch.testing.assert_close(search_scale([(weight, SPEC)], x, site), s, rtol=1e-4, atol=1e-6)
+    assert alpha == 1.0 and len(found) > 5, (alpha, found)
+    tie = search_scale([(torch.zeros(8, 64), SPEC)], torch.randn(20, 64, generator=generator), site)
+    assert torch.equal(tie, torch.ones(64))
 
 
 @pytest.mark.parametrize(

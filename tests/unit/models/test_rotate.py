@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from labkit import models
-from labkit.models import GrowingCache, RotationWarning, online, rotate
+from labkit.models import TRANSFORMS, GrowingCache, ModelStats, RotationWarning, online, rotate
 from labkit.models.calibrate import shared_copy
 from labkit.models.config import ModelConfig
 from labkit.models.fold import absorb, sites
@@ -221,6 +222,31 @@ def test_quantizing_a_rotated_model_quantizes_the_rotated_weights(tiny: Llama) -
             assert torch.equal(linear.weight.codes, rtn(by_hand.linears()[name].weight, spec).codes), name
     assert online(made).keys() == online(by_hand).keys() and not online(tiny)
     assert made.lm_head.weight is tiny.lm_head.weight
+
+
+def test_transforms_run_in_their_order(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def spied(name: str) -> Callable[..., Llama]:
+        def spy(model: Llama, stats: ModelStats | None = None, *, steps: int = 20, seed: int = 0) -> Llama:
+            called.append(name)
+            assert stats is not None and stats.tokens.shape == (2, 32)
+            assert len(stats.grids) == 3 * 7 and not any(".1." in layer for layer in stats.grids)
+            return model
+
+        return spy
+
+    for name in ("awq_scale", "rotate"):
+        monkeypatch.setitem(TRANSFORMS, name, spied(name))
+    models.quantize(tiny, models.Recipe.parse(RECIPE))
+    assert called == ["awq_scale", "rotate"]
+
+
+def test_the_head_reads_the_same_after_a_rotation(tiny: Llama) -> None:
+    tokens = models.calibration_windows(tiny.tokenizer, 2, 32, seed=0)
+    before = models.hessians(tiny, tokens, "lm_head")["lm_head"].hessian
+    after = models.hessians(rotate(shared_copy(tiny)), tokens, "lm_head")["lm_head"].hessian
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
 
 
 def test_evaluation_runs_the_online_transforms(tiny: Llama, turned: Llama) -> None:

@@ -59,6 +59,17 @@ def test_the_default_tries_what_awq_tries() -> None:
     torch.testing.assert_close(found.dequantize(torch.float64), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_the_narrowest_range_by_hand() -> None:
+    # An outlier of 8 that meets no input may be clipped at will. Ranges of r 8 have steps of r 8 / 3.5.
+    inputs = torch.eye(8, dtype=torch.float64)[1:]
+    for narrowest, tried in ((0.55, True), (0.5, False)):
+        step = narrowest * 8 / 3.5  # one and three of these are exact in that range and in no wider one
+        weight = torch.tensor([[8, *[step, 3 * step] * 3, step]], dtype=torch.float64)
+        found = rtn_clip(weight, QuantSpec.parse("int3 g8 scale=fp32"), Stats.of(inputs))
+        assert (abs(float(found.scale) - step) < 1e-6) == tried
+        assert float(found.scale) > 0.54 * 8 / 3.5
+
+
 def test_beats_rtn_on_the_layers_own_output_and_only_whole_ranges_are_rtn() -> None:
     weight, inputs = correlated(32, 64, seed=3)
     spec, stats = QuantSpec.parse("int3 g16 asym"), Stats.of(inputs)
