@@ -126,6 +126,18 @@ def test_one_step_is_adamw_on_the_gradient_of_the_kl(tiny: models.Llama, batches
         assert (expected.codes == weight.codes).double().mean() > 0.99, name
 
 
+def test_decay_takes_its_share_of_every_weight(tiny: models.Llama, batches: Tensor) -> None:
+    """Decoupled: beside the same step, rate * decay * v is taken off. The rate is in units of v's RMS."""
+    ended = {}
+    for decay in (0.0, 50.0):
+        training = models.Training(steps=1, rate=0.01, warmup=0, decay=decay)
+        control = models.train(tiny, replace(RECIPE, train=training), batches[:1], control=True)
+        ended[decay] = control.linears()["model.layers.1.mlp.up_proj"].weight
+    v = tiny.linears()["model.layers.1.mlp.up_proj"].weight
+    rate = 0.01 * v.square().mean().sqrt()
+    torch.testing.assert_close(ended[0.0] - ended[50.0], rate * 50 * v, rtol=1e-3, atol=1e-6)
+
+
 def test_the_codes_are_those_of_training(
     tiny: models.Llama, batches: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
