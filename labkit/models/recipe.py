@@ -91,17 +91,18 @@ class Training:
     """How long and how fast the quantized layers are trained after their rule's method has found their grids.
 
     steps       of ``windows`` times ``tokens`` tokens each
-    rate        AdamW's learning rate for the weights, in their own unit; after ``warmup`` steps it falls along a
-                cosine to a tenth
-    scale_rate  the same for the scales and offsets
+    rate        AdamW's learning rate for the weights, in units of the root mean square of each layer's weights,
+                so that it means the same for every model; after ``warmup`` steps it falls along a cosine to
+                a tenth
+    scale_rate  the same for the scales and offsets, in the same unit
     decay       AdamW's decoupled weight decay; the scales have none
     """
 
     steps: int = 1000
     windows: int = 8
     tokens: int = 256
-    rate: float = 1e-4
-    scale_rate: float = 1e-4
+    rate: float = 8e-3
+    scale_rate: float = 4e-3
     warmup: int = 20
     decay: float = 0.0
 

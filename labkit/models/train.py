@@ -96,8 +96,16 @@ def train(
     layers = _layers(model, student, recipe, specs, control, seed, methods, saved is not None, progress)
     plain = [layer.v for layer in layers]
     learned = [p for layer in layers for p in (layer.s, layer.beta) if p is not None]
-    groups = [{"params": plain, "lr": recipe.train.rate, "weight_decay": recipe.train.decay}]
-    groups += [{"params": learned, "lr": recipe.train.scale_rate, "weight_decay": 0.0}] if learned else []
+    groups, rates = [], []
+    for layer in layers:
+        # Relative steps, as in Adafactor (Shazeer & Stern 2018, arXiv 1804.04235, section 8).
+        size = layer.v.detach().square().mean().sqrt().item()
+        groups.append({"params": [layer.v], "weight_decay": recipe.train.decay})
+        rates.append(recipe.train.rate * size)
+        if layer.s is not None:
+            scales = [p for p in (layer.s, layer.beta) if p is not None]
+            groups.append({"params": scales, "weight_decay": 0.0})
+            rates.append(recipe.train.scale_rate * size)
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     losses: list[float] = []
     if saved is not None:
@@ -110,7 +118,6 @@ def train(
         if callback:
             callback(step, loss)
 
-    rates = (recipe.train.rate, recipe.train.scale_rate)
     shown = settings().progress if progress is None else progress
     steps = tqdm(
         range(len(losses), len(batches)),
@@ -122,7 +129,7 @@ def train(
         unit="step",
     )
     for step in steps:
-        for group, rate in zip(adam.param_groups, rates, strict=False):
+        for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = rate * _pace(step, recipe.train.warmup, len(batches))
         loss = _gradients(model, student, layers, batches[step])
         if not math.isfinite(loss):

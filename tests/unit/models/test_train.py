@@ -22,7 +22,7 @@ from labkit.quant import QuantizedTensor, encode, fit, lsq
 RECIPE = models.Recipe.parse(
     """
     name: small
-    train: {steps: 6, windows: 3, tokens: 32, rate: 1.0e-3, scale_rate: 1.0e-3, warmup: 2}
+    train: {steps: 6, windows: 3, tokens: 32, rate: 0.02, scale_rate: 0.02, warmup: 2}
     rules:
       - {match: "*.0.self_attn.*", weight: int3 g64, method: rtn}
       - {match: "*.mlp.*", weight: int2 g64 asym, method: rtn, options: {observer: mse}}
@@ -79,7 +79,7 @@ def test_batches_come_from_the_calibration_text_and_the_seed(tiny: models.Llama)
 
 def test_one_step_is_adamw_on_the_gradient_of_the_kl(tiny: models.Llama, batches: Tensor) -> None:
     """Written plainly: one graph through LSQ and the whole model, one backward, one AdamW by its formula."""
-    rate = 1e-3
+    rate = 0.02
     training = models.Training(
         steps=1, windows=3, tokens=32, rate=rate, scale_rate=2 * rate, warmup=0, decay=0.1
     )
@@ -109,6 +109,7 @@ def test_one_step_is_adamw_on_the_gradient_of_the_kl(tiny: models.Llama, batches
     for name, (v, s, beta, spec) in parameters.items():
         weight = found.linears()[name].weight
         # AdamW's first step: both moments are the gradient's own, so it moves by the rate times its sign.
+        unit = v.detach().double().square().mean().sqrt().item()
         moved = {}
         for key, p, pace, decay in (
             ("v", v, rate, 0.1),
@@ -116,13 +117,25 @@ def test_one_step_is_adamw_on_the_gradient_of_the_kl(tiny: models.Llama, batches
             ("beta", beta, 2 * rate, 0),
         ):
             if p is not None:
-                g = p.grad * clip
+                g, pace = p.grad * clip, pace * unit
                 moved[key] = p.detach() * (1 - pace * decay) - pace * g / (g.abs() + 1e-8)
         step = moved["s"].half()
         torch.testing.assert_close(weight.scale.float(), step.float(), rtol=2e-3, atol=1e-6, msg=name)
         assert not torch.equal(weight.scale, fit(v.detach(), spec, "mse").scale)
         expected = encode(moved["v"], spec, weight.params)
         assert (expected.codes == weight.codes).double().mean() > 0.99, name
+
+
+def test_decay_takes_its_share_of_every_weight(tiny: models.Llama, batches: Tensor) -> None:
+    """Decoupled: beside the same step, rate * decay * v is taken off. The rate is in units of v's RMS."""
+    ended = {}
+    for decay in (0.0, 50.0):
+        training = models.Training(steps=1, rate=0.01, warmup=0, decay=decay)
+        control = models.train(tiny, replace(RECIPE, train=training), batches[:1], control=True)
+        ended[decay] = control.linears()["model.layers.1.mlp.up_proj"].weight
+    v = tiny.linears()["model.layers.1.mlp.up_proj"].weight
+    rate = 0.01 * v.square().mean().sqrt()
+    torch.testing.assert_close(ended[0.0] - ended[50.0], rate * 50 * v, rtol=1e-3, atol=1e-6)
 
 
 def test_the_codes_are_those_of_training(
@@ -151,7 +164,7 @@ def test_the_codes_are_those_of_training(
 
 def test_training_lowers_the_kl_and_leaves_the_original_alone(tiny: models.Llama) -> None:
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
-    training = models.Training(steps=15, windows=4, tokens=64, rate=1e-3, scale_rate=3e-4, warmup=2)
+    training = models.Training(steps=15, windows=4, tokens=64, rate=0.01, scale_rate=0.005, warmup=2)
     recipe = replace(RECIPE, train=training)
     batches = models.training_batches(tiny.tokenizer, training)
     protocol = models.protocol_for(tiny.tokenizer, "lesson")

@@ -164,3 +164,14 @@ def test_grids_without_a_step_to_learn_are_refused(text: str) -> None:
 def test_a_zero_point_needs_an_offset() -> None:
     with pytest.raises(ValueError, match="needs an offset beta"):
         lsq(torch.ones(2, 8), QuantSpec.parse("int4 channel asym"), torch.ones(2, 1))
+
+
+def test_an_offset_outside_the_codes_is_held_at_the_last_one() -> None:
+    """beta = 0.5 would be a zero point of -2, which two bits cannot store; 0 they can. And 5, which becomes 3."""
+    v, spec = torch.tensor([[0.1, 0.3, 0.6, 2.0]]), QuantSpec.parse("int2 channel asym")
+    s = torch.full((1, 1), 0.25)
+    for beta, zero, values in [(0.5, 0, [0, 0.25, 0.5, 0.75]), (-1.25, 3, [0, 0, 0, 0])]:
+        offset = torch.full((1, 1), beta)
+        found = lsq_encode(v, spec, s, offset)
+        assert found.zero.tolist() == [[zero]]
+        assert lsq(v, spec, s, offset).tolist() == found.dequantize().tolist() == [values]
