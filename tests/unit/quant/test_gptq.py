@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -320,9 +321,19 @@ def test_bad_input(value: float):
 
 def test_methods_are_called_alike():
     weight, inputs = correlated(4, 16, seed=0)
-    for method in METHODS.values():
-        assert method(weight, QuantSpec.parse("int4 g4"), Stats.of(inputs)).shape == (4, 16)
-    assert {name: method.needs for name, method in METHODS.items()} == {"rtn": set(), "gptq": {"hessian"}}
+    specs = {
+        "hqq": "int4 g4 asym-float",
+        "kmeans": "table4 g4",
+        "squeezellm": "table4 g4",
+        "quantile": "table4 g4",
+    }
+    stats = replace(Stats.of(inputs), fisher=torch.ones(4, 16))
+    for name, method in METHODS.items():
+        assert method(weight, QuantSpec.parse(specs.get(name, "int4 g4")), stats).shape == (4, 16)
+    needs = {"gptq": {"hessian"}, "squeezellm": {"fisher"}}
+    assert {name: method.needs for name, method in METHODS.items()} == {
+        name: needs.get(name, set()) for name in METHODS
+    }
 
 
 def test_stats_do_not_depend_on_how_inputs_are_batched():
