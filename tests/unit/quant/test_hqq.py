@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -114,3 +116,19 @@ def test_what_cannot_be_done_is_refused() -> None:
     for bad in ({"p": 0.0}, {"p": 1.5}, {"beta": 0.0}, {"kappa": 0.9}, {"iterations": 0}):
         with pytest.raises(ValueError, match=f"found .*{next(iter(bad))}={next(iter(bad.values()))}"):
             hqq(W, spec, **bad)
+
+
+def test_it_ends_when_the_error_no_longer_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[float] = []
+
+    def counting(x: torch.Tensor, beta: float, p: float) -> torch.Tensor:
+        steps.append(beta)
+        return _shrink(x, beta, p)
+
+    monkeypatch.setattr(sys.modules["labkit.quant.hqq"], "_shrink", counting)
+    exact = torch.arange(16.0).repeat(2, 1)  # lies on the grid: the error is 0 at once, and falls no more
+    hqq(exact, QuantSpec.parse("int4 channel asym-float scale=fp32"))
+    assert steps == [10.0, 10.1]
+    steps.clear()
+    hqq(heavy(4, 64), QuantSpec.parse("int2 g64 asym-float scale=fp32"), iterations=3)
+    assert len(steps) == 3

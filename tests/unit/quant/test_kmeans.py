@@ -28,7 +28,7 @@ def numbers(kind: str, rows: int, n: int, seed: int = 0) -> np.ndarray:
         "normal": lambda: rng.normal(size=(rows, n)),
         "heavy": lambda: rng.standard_t(2, size=(rows, n)),
         "two humps": lambda: rng.normal(size=(rows, n)) * 0.1 + rng.choice([-1, 1], size=(rows, n)),
-        "outlier": lambda: rng.normal(size=(rows, n)) + 100 * (np.arange(n) == 5),
+        "outlier": lambda: rng.normal(size=(rows, n)) + 1e5 * (np.arange(n) == 5),
         "few values": lambda: rng.integers(0, 6, size=(rows, n)) / 4,
     }[kind]()
     return x.astype(np.float32)
@@ -116,6 +116,12 @@ def test_lloyd_by_hand() -> None:
     # Nothing is nearest to 100: it stays. One iteration is one assignment and one mean.
     assert lloyd(x, torch.tensor([[0.0, 12.0, 100.0]])).tolist() == [[pytest.approx(7 / 3), 11.0, 100.0]]
     assert lloyd(x, torch.tensor([[0.0, 1.0]]), iterations=1).tolist() == [[0.0, 8.0]]
+    # From there: 0 and 1 | 6 to 12, middle 5.1; then nothing moves.
+    assert lloyd(x, torch.tensor([[0.0, 1.0]])).tolist() == [[0.5, 9.75]]
+    # In float64 a sum over both loses half of the small weight; the centre still lies on its number.
+    assert lloyd(
+        torch.tensor([[1.0, 5.0]]), torch.tensor([[1.0, 5.0]]), torch.tensor([[1e16, 3.0]])
+    ).tolist() == [[1.0, 5.0]]
 
 
 def table_error(q: QuantizedTensor, W: Tensor, w: np.ndarray) -> float:
