@@ -307,7 +307,7 @@ def test_refuses_where_it_does_not_fit(
 
 
 def test_peak_memory_by_hand(tiny: models.Llama) -> None:
-    """20 bytes a weight, 48 for the largest layer's, a pass of two windows with eight times the logits; a quarter more."""
+    """20 bytes a weight, 48 for the largest layer's, a pass with eight times the logits; a quarter more."""
     training = models.Training(steps=1, windows=8, tokens=100)
     config = tiny.config  # 4 layers, hidden 128, MLP 384, queries 8 x 32, 1,024 tokens
     by_hand = 20 * 30_000 + 48 * 20_000 + 4 * 200 * (4 * (4 * 128 + 4 * 384 + 5 * 256) + 8 * 1024)
