@@ -25,7 +25,7 @@ from labkit.models.evaluate import score
 from labkit.models.fingerprint import code, fingerprint
 from labkit.models.llama import Llama
 from labkit.models.protocol import Protocol, protocol_for
-from labkit.models.quantize import prepare
+from labkit.models.quantize import block_of, prepare
 from labkit.models.recipe import Recipe, Rule, needs
 from labkit.quant import METHODS, QuantSpec
 
@@ -187,7 +187,7 @@ def measure(
         )
     parts: dict[str, list[str]] = {}
     for name in plans[0]:
-        part = name if by == "layer" or name == "lm_head" else ".".join(name.split(".")[:3]) + ".*"
+        part = name if by == "layer" or name == "lm_head" else block_of(name) + ".*"
         parts.setdefault(part, []).append(name)
     work = shared_copy(model)
     linears = work.linears()

@@ -104,7 +104,7 @@ def quantize(
         fallbacks.extend([name] if fell_back else [])
 
     def visit(name: str, linear: Linear, inputs: Inputs) -> None:
-        if dense and _block(dense[0]) != _block(name):
+        if dense and block_of(dense[0]) != block_of(name):
             for before in dense:
                 linears[before].weight = done[before]
             dense.clear()
@@ -183,7 +183,7 @@ def _work(recipe: Recipe, model: Llama, seed: int, propagate: bool, methods: Map
     return fingerprint(recipe, model, seed, propagate, code())
 
 
-def _block(name: str) -> str:
+def block_of(name: str) -> str:
     """``model.layers.3`` of ``model.layers.3.mlp.up_proj``."""
     return ".".join(name.split(".")[:3])
 

@@ -64,11 +64,11 @@ class Grid:
         if self.spec.format in formats.FLOATS:
             largest = formats.FLOATS[self.spec.format].largest
             nearest = formats.round_to_format(scaled.detach(), self.spec.format)
-            numbers = _Through.apply(scaled.clamp(-largest, largest), nearest) * scale
+            numbers = Through.apply(scaled.clamp(-largest, largest), nearest) * scale
         else:
             table = self.values.to(scaled)
             nearest = _look_up(table, formats.nearest(scaled.detach(), table))
-            numbers = _Through.apply(scaled.clamp(table[..., :1], table[..., -1:]), nearest) * scale
+            numbers = Through.apply(scaled.clamp(table[..., :1], table[..., -1:]), nearest) * scale
         return numbers + zero if self._centred(zero) else numbers
 
     def scale_for(self, lo: Tensor, hi: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def grid(spec: QuantSpec, table: Tensor | None = None) -> Grid:
     return Grid(spec, table)
 
 
-class _Through(torch.autograd.Function):
+class Through(torch.autograd.Function):
     """The value of the second argument, the gradient of the first."""
 
     @staticmethod
@@ -167,7 +167,7 @@ class _Through(torch.autograd.Function):
 
 def _round(x: Tensor) -> Tensor:
     nearest = torch.round(x.detach())
-    return _Through.apply(x, nearest) if x.requires_grad else nearest
+    return Through.apply(x, nearest) if x.requires_grad else nearest
 
 
 def _nonzero(scale: Tensor) -> Tensor:

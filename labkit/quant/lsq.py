@@ -20,7 +20,7 @@ from torch import Tensor
 from labkit.quant.blocks import Blocks
 from labkit.quant.encode import encode, fake_quantize
 from labkit.quant.fit import store_scale, store_zero, working
-from labkit.quant.grid import _Through
+from labkit.quant.grid import Through
 from labkit.quant.spec import QuantSpec
 from labkit.quant.tensor import Params, QuantizedTensor
 
@@ -37,11 +37,11 @@ def lsq(v: Tensor, spec: QuantSpec, s: Tensor, beta: Tensor | None = None) -> Te
     lsq_check(spec)
     blocks = Blocks(tuple(v.shape), spec.block)
     g = 1 / (_counts(blocks).to(s.device) * spec.code_range[1]).sqrt().to(s)
-    s = _Through.apply(_slower(s, g), _stored_step(s, spec).to(s))
+    s = Through.apply(_slower(s, g), _stored_step(s, spec).to(s))
     zero = None
     if spec.zero != "none":
         zero = -_slower(_given(beta, spec), g) / s
-        zero = _Through.apply(zero, _stored_zero(zero, spec).to(s))
+        zero = Through.apply(zero, _stored_zero(zero, spec).to(s))
     return fake_quantize(_clip(working(v), spec, blocks, s, zero), spec, Params(s, zero)).to(v.dtype)
 
 
