@@ -7,13 +7,12 @@ import queue
 import signal
 import sys
 import threading
-import time
 from contextlib import redirect_stdout
 
 from labkit.cluster.local import serve
 from labkit.serving.deployment import Deployment
 
-PARENT_CHECK_S = 0.5
+LOOK_S = 0.5
 STOP_S = 90  # for tidying up; then the process ends as it is, and ray_session's watcher does the rest
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -30,7 +29,7 @@ def serve_until_stopped(*deployments: Deployment, port: int | None = None) -> No
     # Ray's code can get lost inside it.
     news: queue.SimpleQueue[str] = queue.SimpleQueue()  # a signal handler may write to it
     _listen(news)
-    _watch_parent(news)
+    parent = os.getppid()
     ready, stop = threading.Event(), threading.Event()
     failed: list[BaseException] = []
     stdout = sys.stdout
@@ -49,7 +48,7 @@ def serve_until_stopped(*deployments: Deployment, port: int | None = None) -> No
 
     server = threading.Thread(target=run, name="labkit-serve", daemon=True)
     server.start()
-    while (word := news.get()) == "ready":
+    while (word := _next(news, parent)) == "ready":
         _listen(news)  # Ray has put a handler of its own for SIGTERM in place of ours, one that aborts
     if word == "stop":
         stop.set()
@@ -67,17 +66,17 @@ def _listen(news: queue.SimpleQueue[str]) -> None:
         signal.signal(number, lambda *_: news.put("stop"))
 
 
-def _watch_parent(news: queue.SimpleQueue[str]) -> None:
-    """Tell when the process that started this one has ended.
+def _next(news: queue.SimpleQueue[str], parent: int) -> str:
+    """The next word, or ``stop`` when the process that started this one has ended.
 
     By looking, not by PR_SET_PDEATHSIG: Linux sends that when the *thread* that started us ends, and a
-    server started from a worker thread should outlive the thread.
+    server started from a worker thread should outlive the thread. Waking up now and then has a second
+    use: a signal that the kernel gives to one of Ray's threads does not wake this one, and Python runs
+    its handler here alone.
     """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(PARENT_CHECK_S)
-        news.put("stop")
-
-    threading.Thread(target=watch, name="labkit-parent", daemon=True).start()
+    while os.getppid() == parent:
+        try:
+            return news.get(timeout=LOOK_S)
+        except queue.Empty:
+            continue
+    return "stop"

@@ -192,7 +192,8 @@ def test_jobs_by_both_roads_on_a_cluster_that_grows_for_them(
     ]
     kubectl("apply", "--server-side", "-f", "-", given=moved(documents, namespace))
     for name in JOBS:
-        done = ["--for=jsonpath={.status.jobStatus}=SUCCEEDED", "--timeout=300s", "-n", namespace]
+        # Not jobStatus: Ray says SUCCEEDED a moment before the pod that waits for it has printed the end.
+        done = ["--for=jsonpath={.status.jobDeploymentStatus}=Complete", "--timeout=300s", "-n", namespace]
         kubectl("wait", f"rayjob/{name}", *done)
     assert "42" in kubectl("logs", "-n", namespace, "-l", "job-name=by-pod", "--tail=-1").split()
     workers = kubectl("get", "pods", "-n", namespace, "-l", "ray.io/node-type=worker", "-o", "name")

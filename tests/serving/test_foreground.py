@@ -28,6 +28,7 @@ class Endpoint:
 
 def serve(*deployments, port):
     print("chatter", flush=True)
+    {before}
     time.sleep({start_s})
     return Endpoint()
 
@@ -42,9 +43,14 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
     started: list[Started] = []
 
     def make(
-        seconds: float = 0, stop_s: int = 60, start_s: int = 0, *, by_a_parent: bool = False
+        seconds: float = 0,
+        stop_s: int = 60,
+        start_s: int = 0,
+        *,
+        before: str = "",
+        by_a_parent: bool = False,
     ) -> Started:
-        script = SERVE.format(seconds=seconds, stop_s=stop_s, start_s=start_s)
+        script = SERVE.format(seconds=seconds, stop_s=stop_s, start_s=start_s, before=before)
         started.append(
             Started(tmp_path / "output", [sys.executable, "-c", script], by_a_parent=by_a_parent)
         )
@@ -73,6 +79,17 @@ def test_a_second_ctrl_c_does_not_interrupt_the_tidying(start: Callable[..., Sta
     server.started.send_signal(signal.SIGINT)
     assert server.started.wait(20) == 0
     assert "tidy\nstopped" in server.err.read_text()
+
+
+def test_a_signal_that_another_thread_is_given_ends_it_too(start: Callable[..., Started]) -> None:
+    """The kernel may give a signal to any thread, and that wakes no other."""
+    server = start(
+        start_s=20,
+        before="import signal, threading; time.sleep(1); "
+        "signal.pthread_kill(threading.get_ident(), signal.SIGTERM)",
+    )
+    assert server.started.wait(10) == 0
+    assert server.out.read_text() == ""
 
 
 def test_it_ends_with_its_parent(start: Callable[..., Started]) -> None:
