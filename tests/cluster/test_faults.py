@@ -123,21 +123,6 @@ def test_an_operator_that_restarts_costs_nothing(service: Service) -> None:
     assert load.summary()["failed"] == 0
 
 
-def test_an_api_server_that_is_away_for_half_a_minute_costs_nothing(service: Service) -> None:
-    with service.load() as load:
-        load.wait_for(20)
-        service.node.stop_part("apiserver")
-        time.sleep(30)
-        during = load.answered()
-        service.node.start_part("apiserver")
-        load.wait_for(20)
-    figures["API server away for 30 s"] = {**load.summary(), "answered_meanwhile": during}
-    assert load.summary()["failed"] == 0
-    while not service.node.answers():
-        time.sleep(0.2)
-    assert service.ray.get("RayService", NAME)
-
-
 @pytest.mark.parametrize("kind", ["worker", "head"])
 def test_a_pod_that_dies_is_replaced_and_the_service_heals_by_itself(service: Service, kind: str) -> None:
     """One worker and no memory outside the head: an outage either way; how long is what is reported."""
@@ -176,6 +161,22 @@ def test_with_redis_a_head_that_dies_costs_nothing(node: Node, image: str, names
     print(figures["head killed, with Redis"])
     assert load.summary()["failed"] == 0
     assert sorted(service.pods("worker")) == workers
+
+
+def test_an_api_server_that_is_away_for_half_a_minute_costs_nothing(service: Service) -> None:
+    # The last of these: what waits for the operator after it would wait for it to come back to its work, a minute.
+    with service.load() as load:
+        load.wait_for(20)
+        service.node.stop_part("apiserver")
+        time.sleep(30)
+        during = load.answered()
+        service.node.start_part("apiserver")
+        load.wait_for(20)
+    figures["API server away for 30 s"] = {**load.summary(), "answered_meanwhile": during}
+    assert load.summary()["failed"] == 0
+    while not service.node.answers():
+        time.sleep(0.2)
+    assert service.ray.get("RayService", NAME)
 
 
 class Peak:

@@ -306,25 +306,6 @@ def test_a_job_that_the_operator_refuses_ends_the_wait_at_once(ray: KubeRay) -> 
     assert time.monotonic() - start < 60
 
 
-def test_wait_outlives_an_api_server_that_is_away(ray: KubeRay, asleep: str, node: Node) -> None:
-    ray.wait("RayCluster", asleep, "Suspended", timeout=60)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(
-            ray.wait, "RayCluster", asleep, lambda each: "marked" in each["metadata"]["labels"]
-        )
-        node.stop_part("apiserver")
-        try:
-            time.sleep(4)
-            assert not waiting.done()
-        finally:
-            node.start_part("apiserver")
-        deadline = time.monotonic() + 60
-        while reachable(ray.context) is not None and time.monotonic() < deadline:
-            time.sleep(0.5)
-        kubectl(node, ray, "label", "raycluster", asleep, "marked=yes")
-        assert waiting.result(timeout=60)["metadata"]["labels"]["marked"] == "yes"
-
-
 # Logs and ports, of the node's own pods
 
 
@@ -406,20 +387,6 @@ def test_what_cannot_be_forwarded_is_said_at_once(operator: KubeRay) -> None:
         operator.port_forward("service/kuberay-operator", 8080, first.port)
 
 
-def test_a_forward_outlives_the_api_server_and_leaves_no_thread(operator: KubeRay, node: Node) -> None:
-    before = threading.active_count()
-    with operator.port_forward("service/kuberay-operator", 8080) as forward:
-        get(f"{forward.url}/metrics")
-        node.stop_part("apiserver")
-        threading.Timer(3, node.start_part, ["apiserver"]).start()
-        # A new connection waits until the API server is back.
-        assert b"go_goroutines" in get(f"{forward.url}/metrics")
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert threading.active_count() <= before
-
-
 # The role of the person who operates
 
 
@@ -487,3 +454,40 @@ def test_conditions_know_the_real_states(ray: KubeRay, asleep: str) -> None:
     found = ray.wait("RayCluster", asleep, "Suspended", timeout=60)
     assert conditions.condition(found, "RayClusterSuspended")["status"] == "True"
     assert found["status"]["observedGeneration"] == found["metadata"]["generation"]
+
+
+# Without the API server. At the end: the operator takes up to a minute to come back to its work afterwards, and nothing
+# here should wait for it.
+
+
+def test_wait_outlives_an_api_server_that_is_away(ray: KubeRay, asleep: str, node: Node) -> None:
+    ray.wait("RayCluster", asleep, "Suspended", timeout=60)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(
+            ray.wait, "RayCluster", asleep, lambda each: "marked" in each["metadata"]["labels"]
+        )
+        node.stop_part("apiserver")
+        try:
+            time.sleep(4)
+            assert not waiting.done()
+        finally:
+            node.start_part("apiserver")
+        deadline = time.monotonic() + 60
+        while reachable(ray.context) is not None and time.monotonic() < deadline:
+            time.sleep(0.5)
+        kubectl(node, ray, "label", "raycluster", asleep, "marked=yes")
+        assert waiting.result(timeout=60)["metadata"]["labels"]["marked"] == "yes"
+
+
+def test_a_forward_outlives_the_api_server_and_leaves_no_thread(operator: KubeRay, node: Node) -> None:
+    before = threading.active_count()
+    with operator.port_forward("service/kuberay-operator", 8080) as forward:
+        get(f"{forward.url}/metrics")
+        node.stop_part("apiserver")
+        threading.Timer(3, node.start_part, ["apiserver"]).start()
+        # A new connection waits until the API server is back.
+        assert b"go_goroutines" in get(f"{forward.url}/metrics")
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert threading.active_count() <= before
