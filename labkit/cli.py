@@ -24,6 +24,8 @@ models_app = typer.Typer(
     help="The models: which there are, fetching and training them.", no_args_is_help=True
 )
 app.add_typer(models_app, name="models")
+bench_app = typer.Typer(help="Measurements that take long.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 
 @app.callback()
@@ -255,6 +257,30 @@ def models_train_tiny(
 
     for key, value in train_tiny(out, seed=seed, steps=steps).items():
         typer.echo(f"{key}: {value}")
+
+
+@bench_app.command("ladder")
+def bench_ladder(
+    out: Annotated[Path, typer.Option(help="The JSON file to write, whole after every row.")],
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="Instead of all; may be given several times.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Default: 0, 1 and 2.")] = None,
+    lesson: Annotated[bool, typer.Option("--lesson", help="8 windows instead of 32.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that the file has.")] = False,
+    model: Annotated[str | None, typer.Option(help="Default: LABKIT_MODEL, or the bundled model.")] = None,
+) -> None:
+    """Measure many recipes, and their differences paired within a seed: about an hour a seed on two cores."""
+    from labkit.models.ladder import LADDER, SEEDS, ladder
+
+    if out.exists() and not resume:
+        raise FileExistsError(f"{out} exists already; choose another file, or go on with --resume")
+    protocol = "lesson" if lesson else "full"
+    for row in ladder(out, recipe or LADDER, seed or SEEDS, model=model, protocol=protocol, resume=resume):
+        typer.echo(
+            f"seed {row['seed']}  {row['recipe']:36} {row['bits_per_weight']:6.3f} bits  ppl "
+            f"{row['perplexity']:8.2f}  KL {row['kl']:.4f}  top-1 {row['top1']:.3f}  {row['quantize_seconds']:6.1f} s"
+        )
 
 
 def main() -> None:

@@ -187,7 +187,9 @@ def _build(go: str, node: Path, program: Program) -> None:
     if program.folder == "kubernetes":
         flags += _kubernetes_version()
     target = node / "bin" if len(program.binaries) > 1 else node / "bin" / program.binaries[0]
-    command = [go, "build", "-trimpath", "-buildvcs=false", "-ldflags", " ".join(flags), "-o", str(target)]
+    # No debugger's tables: a twelfth of the time.
+    command = [go, "build", "-trimpath", "-buildvcs=false", "-gcflags=all=-dwarf=false"]
+    command += ["-ldflags", " ".join(flags), "-o", str(target)]
     built = subprocess.run(
         [*command, *program.packages], cwd=SOURCES / program.folder, env=_environment(node), text=True,
         stderr=subprocess.PIPE,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -92,20 +92,29 @@ def evaluate(
     return compare([model], reference, protocol, progress)[0]
 
 
-@torch.no_grad()
 def compare(
     models: Iterable[Llama],
     reference: Llama | None = None,
     protocol: str | Protocol = "full",
     progress: bool | None = None,
 ) -> list[Report]:
+    """Measure several models against one reference: ``compare_each``, all at once."""
+    return list(compare_each(models, reference, protocol, progress))
+
+
+@torch.no_grad()
+def compare_each(
+    models: Iterable[Llama],
+    reference: Llama | None = None,
+    protocol: str | Protocol = "full",
+    progress: bool | None = None,
+) -> Iterator[Report]:
     """Measure several models against one reference, whose pass through the decoder is made once.
 
     ``models`` may be a generator: each is asked for when its turn comes. What is kept of a pass is the
     normed residual stream, (windows, tokens, hidden); logits exist for one window at a time. The rest is
     as in ``evaluate``.
     """
-    reports: list[Report] = []
     known: Tensor | None = None
     for model in models:
         if reference is None:
@@ -120,22 +129,19 @@ def compare(
         final = known if model is reference else _final(model, protocol.tokens, recipe, progress)
         nll, kl, top1 = score(final, model.lm_head, known, reference.lm_head, protocol)
         over_layers, over_model, size = sizes(model)
-        reports.append(
-            Report(
-                model=model.made.model if model.made else model.name,
-                recipe=recipe,
-                perplexity=math.exp(nll),
-                kl=kl,
-                top1=top1,
-                bits_per_weight=over_layers,
-                bits_per_weight_model=over_model,
-                bytes=size,
-                windows=len(protocol.windows),
-                protocol=protocol.hash,
-                seconds=time.perf_counter() - start,
-            )
+        yield Report(
+            model=model.made.model if model.made else model.name,
+            recipe=recipe,
+            perplexity=math.exp(nll),
+            kl=kl,
+            top1=top1,
+            bits_per_weight=over_layers,
+            bits_per_weight_model=over_model,
+            bytes=size,
+            windows=len(protocol.windows),
+            protocol=protocol.hash,
+            seconds=time.perf_counter() - start,
         )
-    return reports
 
 
 def reference_of(model: Llama) -> Llama:

@@ -71,46 +71,19 @@ def train(
     ``train`` or with transforms, a grid that LSQ cannot learn, no batches, or a state of other work;
     MemoryError where it does not fit. During it: ValueError when the loss is no number any more.
     """
-    recipe, plan = prepare(model, recipe, methods)
-    if recipe.train is None or recipe.transforms:
-        raise ValueError(
-            f"recipe {recipe.name}: training needs `train: {{steps: ...}}` and takes no transforms"
-        )
-    specs: dict[str, QuantSpec] = {
-        name: rule.weight for name, rule in plan.items() if rule.weight is not None
-    }
-    for spec in specs.values():
-        lsq_check(spec)
-    if len(batches) == 0 or any(b.dim() != 2 or b.numel() == 0 for b in batches):
-        raise ValueError(
-            "expected a batch (windows, tokens) for each step; found "
-            + (f"{len(batches)} of shape {tuple(batches[0].shape)}" if len(batches) else "none: no text")
-        )
-    training = replace(recipe.train, windows=len(batches[0]), tokens=batches[0].shape[1])
-    weights = [model.linears()[name].weight.shape.numel() for name in plan]
-    memory.require(train_bytes(model.config, training, weights), f"training by recipe {recipe.name}")
+    recipe, specs = _checked(model, recipe, batches, methods)
+    assert recipe.train is not None  # _checked saw to it
     work = _work(recipe, model, batches, control, seed)
     saved = _read(state, work) if state is not None else None
 
     student = shared_copy(model)
     layers = _layers(model, student, recipe, specs, control, seed, methods, saved is not None, progress)
-    plain = [layer.v for layer in layers]
-    learned = [p for layer in layers for p in (layer.s, layer.beta) if p is not None]
-    groups, rates = [], []
-    for layer in layers:
-        # Relative steps, as in Adafactor (Shazeer & Stern 2018, arXiv 1804.04235, section 8).
-        size = layer.v.detach().square().mean().sqrt().item()
-        groups.append({"params": [layer.v], "weight_decay": recipe.train.decay})
-        rates.append(recipe.train.rate * size)
-        if layer.s is not None:
-            scales = [p for p in (layer.s, layer.beta) if p is not None]
-            groups.append({"params": scales, "weight_decay": 0.0})
-            rates.append(recipe.train.scale_rate * size)
-    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    parameters = [p for layer in layers for p in (layer.v, layer.s, layer.beta) if p is not None]
+    adam, rates = _optimizer(layers, recipe.train)
     losses: list[float] = []
     if saved is not None:
         losses = saved["losses"]
-        for parameter, value in zip([*plain, *learned], saved["parameters"], strict=True):
+        for parameter, value in zip(parameters, saved["parameters"], strict=True):
             parameter.data.copy_(value)
         adam.load_state_dict(saved["optimizer"])
         del saved
@@ -136,7 +109,7 @@ def train(
             raise ValueError(
                 f"recipe {recipe.name}: the loss of step {step} is {loss}; lower train.rate or train.scale_rate"
             )
-        torch.nn.utils.clip_grad_norm_([*plain, *learned], 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step()
         adam.zero_grad()
         losses.append(loss)
@@ -144,15 +117,9 @@ def train(
         if callback:
             callback(step, loss)
         if state is not None and len(losses) % save_every == 0 and len(losses) < len(batches):
-            parameters = [parameter.detach() for parameter in (*plain, *learned)]
-            tree = {
-                "work": work,
-                "losses": losses,
-                "parameters": parameters,
-                "optimizer": adam.state_dict(),
-            }
+            kept = {"parameters": [p.detach() for p in parameters], "optimizer": adam.state_dict()}
             with whole_file(state) as part:
-                torch.save(tree, part)
+                torch.save({"work": work, "losses": losses, **kept}, part)
 
     for layer in layers:
         layer.linear.weight = layer.finished()
@@ -198,6 +165,44 @@ class _Layer:
 
     def finished(self) -> Tensor | QuantizedTensor:
         return self.v.detach() if self.s is None else lsq_encode(self.v, self.spec, self.s, self.beta)
+
+
+def _checked(
+    model: Llama, recipe: Recipe | str, batches: Sequence[Tensor] | Tensor, methods: Mapping[str, Method]
+) -> tuple[Recipe, dict[str, QuantSpec]]:
+    """The recipe and each quantized layer's grid. Raises what ``train`` raises before any work."""
+    recipe, plan = prepare(model, recipe, methods)
+    if recipe.train is None or recipe.transforms:
+        raise ValueError(
+            f"recipe {recipe.name}: training needs `train: {{steps: ...}}` and takes no transforms"
+        )
+    specs = {name: rule.weight for name, rule in plan.items() if rule.weight is not None}
+    for spec in specs.values():
+        lsq_check(spec)
+    if len(batches) == 0 or any(b.dim() != 2 or b.numel() == 0 for b in batches):
+        raise ValueError(
+            "expected a batch (windows, tokens) for each step; found "
+            + (f"{len(batches)} of shape {tuple(batches[0].shape)}" if len(batches) else "none: no text")
+        )
+    training = replace(recipe.train, windows=len(batches[0]), tokens=batches[0].shape[1])
+    weights = [model.linears()[name].weight.shape.numel() for name in plan]
+    memory.require(train_bytes(model.config, training, weights), f"training by recipe {recipe.name}")
+    return recipe, specs
+
+
+def _optimizer(layers: Sequence[_Layer], training: Training) -> tuple[torch.optim.AdamW, list[float]]:
+    """AdamW over what the layers learn, and the full learning rate of each of its groups."""
+    groups, rates = [], []
+    for layer in layers:
+        # Relative steps, as in Adafactor (Shazeer & Stern 2018, arXiv 1804.04235, section 8).
+        size = layer.v.detach().square().mean().sqrt().item()
+        groups.append({"params": [layer.v], "weight_decay": training.decay})
+        rates.append(training.rate * size)
+        if layer.s is not None:
+            scales = [p for p in (layer.s, layer.beta) if p is not None]
+            groups.append({"params": scales, "weight_decay": 0.0})
+            rates.append(training.scale_rate * size)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95)), rates
 
 
 def _layers(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from labkit.quant.encode import encode
-from labkit.quant.fit import check_finite, fit, working
+from labkit.quant.fit import check_finite, check_has_values, fit, working
 from labkit.quant.grid import Grid
 from labkit.quant.observers import search
 from labkit.quant.spec import QuantSpec
@@ -34,18 +34,14 @@ def rtn_clip(
     Raises ValueError for a spec whose blocks are not runs within a row or whose scales are quantized
     themselves, and for shapes that do not fit.
     """
+    check(spec, steps, smallest)
     check_finite(weight)
     W = working(weight.detach())
-    if isinstance(spec.block, int) or spec.block[0] != 1 or isinstance(spec.scale, QuantSpec):
-        raise ValueError(
-            f"rtn_clip needs groups within a row and plain scales, such as int4 g64 asym; found {spec}"
-        )
     H = hessian_of(stats, W, "rtn_clip").to(W)
-    if steps < 1 or not 0 <= smallest < 1:
-        raise ValueError(f"rtn_clip: expected steps >= 1 and 0 <= smallest < 1, found {steps}, {smallest}")
     if W.numel() == 0:
         return encode(W, spec, fit(W, spec))
     ratios = [1 - step / steps for step in range(steps) if step < (1 - smallest) * steps]
+    assert not isinstance(spec.block, int)  # check() saw to it
     group = spec.block[1] or W.shape[1]
     parts: list[Params] = []
     for start in range(0, W.shape[1], group):
@@ -54,8 +50,20 @@ def rtn_clip(
     return encode(W, spec, Params.side_by_side(parts))
 
 
+def check(spec: QuantSpec, steps: int = 20, smallest: float = 0.5) -> None:
+    """Raises ValueError for a spec or option that ``rtn_clip`` cannot do."""
+    check_has_values(spec)
+    if isinstance(spec.block, int) or spec.block[0] != 1 or isinstance(spec.scale, QuantSpec):
+        raise ValueError(
+            f"rtn_clip needs groups within a row and plain scales, such as int4 g64 asym; found {spec}"
+        )
+    if steps < 1 or not 0 <= smallest < 1:
+        raise ValueError(f"rtn_clip: expected steps >= 1 and 0 <= smallest < 1, found {steps}, {smallest}")
+
+
 rtn_clip.needs = frozenset({"hessian"})  # type: ignore[attr-defined]
 rtn_clip.paper = "Lin et al. 2023, arXiv 2306.00978"  # type: ignore[attr-defined]
+rtn_clip.check = check  # type: ignore[attr-defined]
 
 
 def _least_output_error(
