@@ -157,7 +157,8 @@ def _copied(value: Any) -> Any:
     if isinstance(value, torch.nn.Module):
         return value  # a whole model: too large to copy for each call
     if isinstance(value, torch.Tensor):
-        return value.detach().clone().requires_grad_(value.requires_grad)
+        # A gradient that the check asks for reaches the check's own tensor.
+        return value.clone() if value.requires_grad else value.detach().clone()
     if isinstance(value, dict):
         return {k: _copied(v) for k, v in value.items()}
     if type(value) in (list, tuple):

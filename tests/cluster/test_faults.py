@@ -47,6 +47,19 @@ class Service:
         found = self.ray.list("Pod", f"ray.io/node-type={kind},ray.io/cluster={self.cluster()}")
         return [pod["metadata"]["name"] for pod in found]
 
+    def workers(self) -> dict[str, int]:
+        """The workers that are ready, and how often each has started anew."""
+        selector = f"ray.io/node-type=worker,ray.io/cluster={self.cluster()}"
+        states = {
+            pod["metadata"]["name"]: pod["status"].get("containerStatuses", [])
+            for pod in self.ray.list("Pod", selector)
+        }
+        return {
+            name: sum(state["restartCount"] for state in containers)
+            for name, containers in states.items()
+            if containers and all(state["ready"] for state in containers)
+        }
+
     def cluster(self) -> str:
         return str(self.ray.get("RayService", NAME)["status"]["activeServiceStatus"]["rayClusterName"])
 
@@ -125,21 +138,29 @@ def test_an_operator_that_restarts_costs_nothing(service: Service) -> None:
 
 @pytest.mark.parametrize("kind", ["worker", "head"])
 def test_a_pod_that_dies_is_replaced_and_the_service_heals_by_itself(service: Service, kind: str) -> None:
-    """One worker and no memory outside the head: an outage either way; how long is what is reported."""
+    """One worker and no memory outside the head: an outage either way; how long is what is reported.
+
+    A worker whose head is gone serves on for half a minute before it starts anew, so what is waited for is a
+    worker that has.
+    """
     [pod] = service.pods(kind)
+    before = service.workers()
     with service.load() as load:
         load.wait_for(20)
         killed = time.time()
         service.node.kubectl(
             "delete", "pod", pod, f"--namespace={service.ray.namespace}", "--grace-period=0", "--force"
         )
-        time.sleep(5)
+        until(lambda: service.workers() not in ({}, before), 180)
         load.wait_for(50)
-    back = [
-        result.end - killed for result in load.results if not result.error and result.start > killed + 5
-    ]
-    figures[f"{kind} killed"] = {**load.summary(), "healed_after_s": round(min(back), 1)}
-    assert min(back) < 180
+    failures = [result.end for result in load.results if result.error]
+    figures[f"{kind} killed"] = {
+        **load.summary(),
+        "first_failure_after_s": round(min(failures) - killed, 1),
+        "last_failure_after_s": round(max(failures) - killed, 1),
+    }
+    print(figures[f"{kind} killed"])
+    assert max(result.end for result in load.results if not result.error) > max(failures)
     service.ray.wait("RayService", NAME, timeout=120)
 
 
