@@ -409,10 +409,12 @@ def descent(series: Mapping[str, Sequence[float]]) -> go.Figure:
 
 
 def rulers(tables: Mapping[str, Tensor]) -> go.Figure:
-    """Tables above each other, each scaled so that its largest entry is 1."""
-    made = plot.figure("Sixteen entries, five ways", "entry (share of the largest)", "", height=330)
+    """Tables above each other, in shares of the largest number of a group."""
+    made = plot.figure(
+        "Sixteen entries, five ways", "entry (share of the group's largest weight)", "", height=330
+    )
     for i, (name, table) in enumerate(tables.items()):
-        values = table.double() / table.double().abs().max()
+        values = table.double()
         made.add_scatter(
             x=values.tolist(),
             y=[name] * len(values),
@@ -425,7 +427,7 @@ def rulers(tables: Mapping[str, Tensor]) -> go.Figure:
             },
         )
     made.update_yaxes(autorange="reversed")
-    return made.update_xaxes(range=[-1.05, 1.05])
+    return made.update_xaxes(range=[-1.12, 1.12])
 
 
 def at_equal_bits(points: Mapping[str, tuple[float, float]]) -> go.Figure:

@@ -37,6 +37,18 @@ def test_a_right_answer_in_another_dtype_or_in_place_passes() -> None:
     assert find(lambda x: (x * 2).to(torch.int32)).state == "right"
 
 
+def test_a_gradient_reaches_the_checks_own_tensor() -> None:
+    def slope(function: Callable[..., Any]) -> None:
+        x = X.clone().requires_grad_()
+        [found] = torch.autograd.grad(function(x).sum(), x)
+        equal(found, torch.full((2,), 2.0), "the gradient")
+        assert torch.equal(x, X), "the check's own input was changed"
+
+    assert examine(slope, lambda x: 2 * x, seconds=5).state == "right"
+    assert examine(slope, lambda x: x.mul_(2), seconds=5).state == "right"
+    assert "the gradient" in examine(slope, lambda x: 3 * x, seconds=5).message
+
+
 def recurses(x: Any) -> Any:
     return recurses(x)
 
