@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -86,6 +87,7 @@ def ladder(
     ValueError where it holds rows of another model or protocol, and what ``quantize`` raises.
     """
     rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"] if resume and out.exists() else []
+    command = _command(out, recipes, seeds, model, protocol)
     for seed in seeds:
         done = {row["recipe"] for row in rows if row["seed"] == seed}
         once = () if seed == seeds[0] else ONE_SEED
@@ -94,23 +96,9 @@ def ladder(
             continue
         original = load(model, seed=seed)
         spent: list[float] = []
-
-        def made(
-            original: Llama = original,
-            seed: int = seed,
-            wanted: Sequence[str] = wanted,
-            spent: list[float] = spent,
-        ) -> Iterator[Llama]:
-            for name in wanted:
-                start = time.perf_counter()
-                plan = name.removesuffix(ABLATED)
-                quantized = original
-                if name != "none":
-                    quantized = quantize(original, plan, seed=seed, propagate=plan == name)
-                spent.append(time.perf_counter() - start)
-                yield quantized
-
-        for name, report in zip(wanted, compare_each(made(), original, protocol), strict=True):
+        for name, report in zip(
+            wanted, compare_each(_quantized(original, wanted, seed, spent), original, protocol), strict=True
+        ):
             row = {
                 "seed": seed,
                 **report.to_dict(),
@@ -123,7 +111,7 @@ def ladder(
                     f"{row['model']} by {row['protocol']}; choose another file"
                 )
             rows.append(row)
-            _write(out, rows, protocol)
+            _write(out, rows, command)
             yield row
 
 
@@ -160,14 +148,36 @@ def measured_on() -> dict[str, Any]:
     }
 
 
-def _write(out: Path, rows: Sequence[dict[str, Any]], protocol: str) -> None:
-    seeds = sorted({row["seed"] for row in rows})
-    options = f" --protocol {protocol}" if protocol != "full" else ""
+def _quantized(original: Llama, names: Sequence[str], seed: int, spent: list[float]) -> Iterator[Llama]:
+    """The original by each recipe; the seconds that each took go to ``spent``."""
+    for name in names:
+        start = time.perf_counter()
+        plan = name.removesuffix(ABLATED)
+        model = original
+        if name != "none":
+            model = quantize(original, plan, seed=seed, propagate=plan == name)
+        spent.append(time.perf_counter() - start)
+        yield model
+
+
+def _command(
+    out: Path, recipes: Sequence[str], seeds: Sequence[int], model: str | None, protocol: str
+) -> str:
+    """What repeats this call, as one types it."""
+    words = ["labkit", "bench", "ladder", "--out", out.name]
+    words += [word for name in recipes for word in ("--recipe", name)] if recipes != LADDER else []
+    words += [word for seed in seeds for word in ("--seed", str(seed))] if tuple(seeds) != SEEDS else []
+    words += ["--lesson"] if protocol == "lesson" else []
+    words += ["--model", model] if model else []
+    return shlex.join(words)
+
+
+def _write(out: Path, rows: Sequence[dict[str, Any]], command: str) -> None:
     tree = {
         "what": "post-training quantization: KL, perplexity and top-1 by the frozen protocol",
-        "command": f"labkit bench ladder --out {out.name}{options}",
+        "command": command,
         **measured_on(),
-        "seeds": seeds,
+        "seeds": sorted({row["seed"] for row in rows}),
         "rows": list(rows),
         "paired": paired(rows),
     }

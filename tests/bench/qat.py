@@ -10,17 +10,14 @@ goes on after an interruption. --steps shortens it.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from labkit import models
 from labkit.files import whole_file
+from labkit.models.ladder import measured_on
 
 
 def main() -> None:
@@ -80,10 +77,8 @@ def main() -> None:
         "ratio": rows[4]["kl"] / best,
         "rows": rows,
         "losses": losses,
+        **measured_on(),
         "seconds": round(time.perf_counter() - start),
-        "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: importlib.metadata.version(name) for name in ("labkit", "torch")},
     }
     with whole_file(args.out) as part:
         part.write_text(json.dumps(tree, indent=1) + "\n")

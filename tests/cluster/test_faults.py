@@ -20,6 +20,7 @@ from load import Load
 from node import Node
 
 from labkit.cluster.kuberay import KubeRay
+from labkit.cluster.pods import Manifest
 from labkit.cluster.render import DEFAULT, manifests, rayservice, redis_secret
 from labkit.course import checkpoint
 from labkit.serving import Deployment
@@ -44,21 +45,22 @@ class Service:
 
     def pods(self, kind: str) -> list[str]:
         """Of the Ray cluster that serves; one that it replaced may not be gone yet."""
-        found = self.ray.list("Pod", f"ray.io/node-type={kind},ray.io/cluster={self.cluster()}")
-        return [pod["metadata"]["name"] for pod in found]
+        return [pod["metadata"]["name"] for pod in self._listed(kind)]
 
     def workers(self) -> dict[str, int]:
         """The workers that are ready, and how often each has started anew."""
-        selector = f"ray.io/node-type=worker,ray.io/cluster={self.cluster()}"
         states = {
             pod["metadata"]["name"]: pod["status"].get("containerStatuses", [])
-            for pod in self.ray.list("Pod", selector)
+            for pod in self._listed("worker")
         }
         return {
             name: sum(state["restartCount"] for state in containers)
             for name, containers in states.items()
             if containers and all(state["ready"] for state in containers)
         }
+
+    def _listed(self, kind: str) -> list[Manifest]:
+        return self.ray.list("Pod", f"ray.io/node-type={kind},ray.io/cluster={self.cluster()}")
 
     def cluster(self) -> str:
         return str(self.ray.get("RayService", NAME)["status"]["activeServiceStatus"]["rayClusterName"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import plotly.graph_objects as go
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from labkit.course import Exercise, Question, plot
 from labkit.course.check import close, equal, number, require, tensor
-from labkit.quant import Blocks, QuantSpec, encode, fit, sqnr_db
+from labkit.quant import Blocks, QuantSpec, fit, rtn, sqnr_db
 
 GROUPS = (8, 16, 32, 64, 96, 192, 288, 576)  # each divides a row of 576 weights
 
@@ -335,9 +335,7 @@ def who_shares(block: str = "g4", rows: int = 6, columns: int = 16) -> go.Figure
     """A small matrix, its elements in the colour of the scale that they share."""
     spec = QuantSpec.parse(f"int4 {block}")
     blocks = Blocks((rows, columns), spec.block)
-    count = 1
-    for size in blocks.grid:
-        count *= size
+    count = math.prod(blocks.grid)
     index = torch.arange(count).reshape(blocks.grid)
     z = blocks.spread(index).expand(blocks.matrix).reshape(rows, columns)
     # Neighbours to the right and below differ in colour, whichever way the blocks lie.
@@ -404,7 +402,7 @@ def trade_of(weight: Tensor) -> Callable[..., go.Figure]:
     @functools.cache
     def point(bits: int, group: int, scale: str) -> tuple[float, float]:
         """Bits per weight and SQNR."""
-        q = _grid(weight, bits, group, scale)
+        q = rtn(weight, QuantSpec.parse(f"int{bits} g{group} scale={scale}"))
         return q.bits_per_weight, sqnr_db(weight, q)
 
     def trade(bits: int = 4, group: int = 64, scale: str = "fp16") -> go.Figure:
@@ -440,8 +438,3 @@ def trade_of(weight: Tensor) -> Callable[..., go.Figure]:
         return made.update_yaxes(range=[0, 34])
 
     return trade
-
-
-def _grid(weight: Tensor, bits: int, group: int, scale: str):  # type: ignore[no-untyped-def]
-    spec = replace(QuantSpec.parse(f"int{bits} g{group}"), scale=scale)
-    return encode(weight, spec, fit(weight, spec))

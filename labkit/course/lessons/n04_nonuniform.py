@@ -324,19 +324,17 @@ QUIZ = [
 
 def usage(series: Mapping[str, Tensor]) -> go.Figure:
     """How often each code is used, in percent; each entry of ``series`` holds the codes counted from 0."""
-    made = plot.figure(
-        "How often each of 16 codes is used", "code, the lowest first", "share of the weights (%)"
+    shares = {
+        name: (100 * torch.bincount(codes.flatten().int(), minlength=16) / codes.numel()).tolist()
+        for name, codes in series.items()
+    }
+    made = plot.lines(
+        list(range(16)),
+        shares,
+        title="How often each of 16 codes is used",
+        x_title="code, the lowest first",
+        y_title="share of the weights (%)",
     )
-    for i, (name, codes) in enumerate(series.items()):
-        counts = torch.bincount(codes.flatten().int(), minlength=16)
-        made.add_scatter(
-            x=list(range(16)),
-            y=(100 * counts / codes.numel()).tolist(),
-            name=name,
-            mode="lines+markers",
-            line={"color": plot.COLORS[i], "dash": plot.DASHES[i]},
-            marker={"symbol": plot.SYMBOLS[i], "size": 8},
-        )
     made.update_layout(legend={"x": 0.98, "xanchor": "right", "y": 0.98})
     return made.update_yaxes(rangemode="tozero")
 

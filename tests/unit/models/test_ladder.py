@@ -36,7 +36,11 @@ def test_a_row_is_what_quantize_and_evaluate_give(tmp_path: Path) -> None:
     report = models.evaluate(models.quantize(original, THREE[1], seed=1), original, "lesson")
     assert rows[6]["kl"] == pytest.approx(report.kl, rel=1e-6) and rows[6]["bytes"] == report.bytes
     assert rows[4]["kl"] == 0 and rows[4]["recipe"] == "none"
-    assert json.loads((tmp_path / "ladder.json").read_text())["rows"] == rows
+    tree = json.loads((tmp_path / "ladder.json").read_text())
+    assert tree["rows"] == rows
+    recipes = "--recipe w4a16-rtn-g64 --recipe w4a16-rtn-channel --recipe 'w4a16-rtn-g64, propagate=False'"
+    options = f"{recipes} --seed 0 --seed 1 --lesson --model tiny"
+    assert tree["command"] == f"labkit bench ladder --out ladder.json {options}"
 
 
 def test_an_interrupted_ladder_goes_on_where_it_stopped(tmp_path: Path) -> None:
