@@ -44,7 +44,7 @@ node: setup ## build the test node, a Kubernetes for this machine: once, a quart
 	@$(BIN)/python cluster/node build
 
 node-up node-down node-status: setup ## start the test node, stop it, look at it
-	@$(BIN)/python cluster/node $(@:node-%=%)
+	@$(BIN)/python cluster/node $(@:node-%=%) $(ARGS)
 
 image: setup ## the model server's image, for the test node, with buildah: 3 minutes and 20 GB, once
 	@$(BIN)/python cluster/images/build.py --torch-backend "$(TORCH_BACKEND)" $(ARGS)

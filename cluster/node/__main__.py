@@ -18,6 +18,7 @@ def main() -> int:
     parser.add_argument(
         "--keep", action="store_true", help="build: leave Go's caches for the next build, 11 GB"
     )
+    parser.add_argument("--second", action="store_true", help="up: a second kubelet too, the node lab-2")
     arguments = parser.parse_args()
     action = arguments.action
     node = Node(settings().node)
@@ -27,6 +28,8 @@ def main() -> int:
             print(f"The node's programs are in {node.folder}; `make node-up` starts it.")
         elif action == "up":
             node.up()
+            if arguments.second:
+                node.join()
             print(f"kubectl: {node.bin}/kubectl --kubeconfig {node.kubeconfig} (context {CONTEXT})")
         elif action == "down":
             node.down()

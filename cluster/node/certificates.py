@@ -23,6 +23,7 @@ CLIENTS = {
     "scheduler": ("system:kube-scheduler", ""),
     "kube-proxy": ("system:kube-proxy", ""),
     "kubelet": ("system:node:lab", "system:nodes"),
+    "kubelet-2": ("system:node:lab-2", "system:nodes"),
     "apiserver-kubelet": ("kube-apiserver-kubelet-client", "system:masters"),
     "front-proxy": ("front-proxy", ""),
 }

@@ -1,4 +1,4 @@
-"""A Kubernetes of one node on this machine: start, stop and look at it.
+"""A Kubernetes on this machine, of one node or two: start, stop and look at it.
 
 Everything runs in a network namespace of its own with no route out, and what mounts anything runs in a mount
 namespace of its own, so that both vanish with the last process. ``up`` begins by clearing what a crash
@@ -31,8 +31,6 @@ from labkit.cluster.context import NODE as CONTEXT
 HERE = Path(__file__).resolve().parent
 NETWORK = "bits-to-pods"  # the network namespace
 CGROUP = "k8s.io"  # where containerd puts pods that kubelet gives no cgroup: its namespace's name
-NODE_NAME = "lab"
-ADDRESS = "192.0.2.2"  # RFC 5737: an address for documentation, nobody's
 SERVICES = "10.96.0.0/16"
 PODS = "10.244.0.0/16"
 API_PORT = 6443
@@ -47,9 +45,34 @@ SYSCTL = {
     "kernel/keys/root_maxkeys": "1000000",
     "kernel/keys/root_maxbytes": "25000000",
 }
+
+
+@dataclass(frozen=True)
+class Kubelet:
+    """A kubelet with a containerd of its own: a node to Kubernetes, a few processes to this machine.
+
+    mark  stands at the end of the names of its parts and files
+    """
+
+    name: str
+    address: str  # RFC 5737: for documentation, nobody's
+    mark: str = ""
+
+
+FIRST, SECOND = Kubelet("lab", "192.0.2.2"), Kubelet("lab-2", "192.0.2.3", "-2")
+KUBELETS = (FIRST, SECOND)
+
+
+def parts_of(kubelet: Kubelet) -> list[str]:
+    """Its parts, in the order they are stopped."""
+    return [part + kubelet.mark for part in ("kubelet", "tasks", "shims", "containerd")]
+
+
 # In the order they are stopped: nothing outlives what would restart it or needs it to end well.
 STOP_ORDER = (
-    "kubelet", "forwarder", "proxy", "scheduler", "controller-manager", "tasks", "shims", "containerd",
+    *(kubelet_part for kubelet in KUBELETS for kubelet_part in parts_of(kubelet)[:1]),
+    "forwarder", "proxy", "scheduler", "controller-manager",
+    *(kubelet_part for kubelet in KUBELETS for kubelet_part in parts_of(kubelet)[1:]),
     "mounts", "apiserver", "etcd",
 )  # fmt: skip
 WORKLOADS = {"CoreDNS": ("kube-system", "coredns"), "KubeRay": ("kuberay-system", "kuberay-operator"),
@@ -77,6 +100,10 @@ class Node:
         self.pki, self.kubeconfig = self.run / "pki", self.folder / "kubeconfig"
         self.volumes = self.folder / "volumes"
 
+    def storage(self, kubelet: Kubelet = FIRST) -> Path:
+        """Where a kubelet's containerd keeps images and containers."""
+        return self.folder / f"containerd{kubelet.mark}"
+
     # ---- start and stop
 
     def up(self, say: Callable[[str], None] = print) -> dict[str, float]:
@@ -94,25 +121,23 @@ class Node:
         self._prepare()
         self._make_network()
         clock.stage("clean start")
-        self._start_all("etcd", "apiserver", "mounts", "containerd")
+        self._start_all("etcd", "apiserver", "mounts")
         self._start_forwarder()
         self._until(self.answers, "apiserver")
         self._start_all("controller-manager", "scheduler")
         clock.stage("API server")
-        self._until(lambda: bool(self.ctr("version")), "containerd")
-        self._forget_containers()
+        self._start_containerd(FIRST)
         for image in (*sorted((self.folder / "images").glob("*.tar")), self.folder / "images" / "oci"):
             if image.exists():
                 self.load_image(image)
         clock.stage("images")
         self.start_part("kubelet")
-        self._until(lambda: bool(self._node("{.status.addresses}")), "kubelet")
+        self._until(lambda: bool(self._node(FIRST, "{.status.addresses}")), "kubelet")
         self.start_part("proxy")  # it ends itself when the node gets an address
         self.kubectl("apply", "--server-side", "-f", str(HERE / "config" / "addons.yaml"))
         self.kubectl("apply", "--server-side", "-k", str(self.folder / "share" / "kuberay"))
         self._apply_volumes()
-        ready = '{.status.conditions[?(@.type=="Ready")].status}'
-        self._until(lambda: self._node(ready) == "True", "kubelet")
+        self._until_ready(FIRST)
         clock.stage("node ready")
         for what, (namespace, name) in WORKLOADS.items():
             self.kubectl(
@@ -131,10 +156,34 @@ class Node:
             self.stop_part(name)
         self._unmount()
         _remove_cgroups()
+        shutil.rmtree(self.storage(SECOND), ignore_errors=True)
         if Path("/run/netns", NETWORK).exists():
             _call("ip", "netns", "delete", NETWORK)
         shutil.rmtree(self.run, ignore_errors=True)
         self.kubeconfig.unlink(missing_ok=True)
+
+    def join(self) -> None:
+        """Start the second kubelet, the node ``lab-2``, and return once it is ready.
+
+        It has the images that the first has now; nothing may be loaded meanwhile. Both say that the machine's
+        cores and memory are theirs, so what they offer together is twice what there is.
+        """
+        one, two = self.storage(FIRST), self.storage(SECOND)
+        _call("cp", "--archive", "--link", str(one), str(two))  # what is written once may be shared
+        for database in two.rglob("*.db"):
+            content = database.read_bytes()
+            database.unlink()
+            database.write_bytes(content)
+        self._start_containerd(SECOND)
+        self.start_part(parts_of(SECOND)[0])
+        self._until_ready(SECOND)
+
+    def leave(self) -> None:
+        """End the second kubelet with all its pods, as if the machine were switched off, and forget the node."""
+        for name in parts_of(SECOND):
+            self.stop_part(name)
+        self.kubectl("delete", "node", SECOND.name, "--ignore-not-found")
+        shutil.rmtree(self.storage(SECOND), ignore_errors=True)
 
     def leftovers(self) -> list[str]:
         """What of the node stands on the machine now, one line each; empty after ``down``."""
@@ -185,6 +234,15 @@ class Node:
                 start_new_session=True, env={**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}"},
             )  # fmt: skip
 
+    def renew_operator(self) -> None:
+        """An operator that lost the API server has ended itself, and its pod waits longer each time before it
+        starts again; a new pod starts at once.
+        """
+        namespace, name = WORKLOADS["KubeRay"]
+        where = f"--namespace={namespace}"
+        self.kubectl("delete", "pod", where, "--all", "--grace-period=0", "--force")
+        self.kubectl("rollout", "status", f"deployment/{name}", where, "--timeout=60s")
+
     # ---- use
 
     def in_network(self, command: list[str]) -> list[str]:
@@ -216,14 +274,14 @@ class Node:
         if ctr.returncode != 0:
             raise RuntimeError(f"containerd refused {layout}: {words[-500:]}")
 
-    def ctr(self, *arguments: str, check: bool = True) -> str:
+    def ctr(self, *arguments: str, check: bool = True, kubelet: Kubelet = FIRST) -> str:
         """containerd's own command, in the namespace that kubelet uses."""
-        return _call(*self._ctr_command(*arguments), check=check)
+        return _call(*self._ctr_command(*arguments, kubelet=kubelet), check=check)
 
-    def _ctr_command(self, *arguments: str) -> list[str]:
+    def _ctr_command(self, *arguments: str, kubelet: Kubelet = FIRST) -> list[str]:
         holder = next(iter(self._pids("mounts")), 0)
         enter = ["nsenter", f"--target={holder}", "--mount", "--"] if holder else []
-        command = [str(self.bin / "ctr"), "-a", str(self.run / "containerd.sock"), "-n", "k8s.io"]
+        command = [str(self.bin / "ctr"), "-a", self._socket(kubelet), "-n", "k8s.io"]
         return [*enter, *command, *arguments]
 
     def kubectl(self, *arguments: str, check: bool = True) -> str:
@@ -231,6 +289,9 @@ class Node:
         return _call(str(self.bin / "kubectl"), f"--kubeconfig={self.kubeconfig}", *arguments, check=check)
 
     # ---- inside
+
+    def _socket(self, kubelet: Kubelet) -> str:
+        return str(self.run / f"containerd{kubelet.mark}.sock")
 
     def _parts(self) -> Iterator[Part]:
         pki, run = self.pki, self.run
@@ -246,7 +307,7 @@ class Node:
             "apiserver",
             (
                 f"{self.bin}/kube-apiserver", "--etcd-servers=http://127.0.0.1:2379",
-                f"--advertise-address={ADDRESS}", f"--secure-port={API_PORT}",
+                f"--advertise-address={FIRST.address}", f"--secure-port={API_PORT}",
                 f"--tls-cert-file={pki}/apiserver.crt", f"--tls-private-key-file={pki}/apiserver.key",
                 f"--client-ca-file={pki}/ca.crt",
                 "--service-account-issuer=https://kubernetes.default.svc",
@@ -293,36 +354,62 @@ class Node:
         )  # fmt: skip
         yield Part("proxy", (f"{self.bin}/kube-proxy", f"--config={run}/kube-proxy.yaml"))
         yield Part("mounts", ("unshare", "--mount", "--propagation=slave", "sh", f"{run}/mounts.sh"))
-        yield Part("containerd", (f"{self.bin}/containerd", "-c", f"{run}/containerd.toml"), mounts=True)
-        yield Part(
-            "kubelet",
-            (
-                f"{self.bin}/kubelet", f"--config={run}/kubelet.yaml",
-                f"--kubeconfig={pki}/kubelet.kubeconfig", f"--hostname-override={NODE_NAME}",
-                f"--node-ip={ADDRESS}", f"--root-dir={run}/kubelet", f"--cert-dir={run}/kubelet/pki",
-            ),
-            mounts=True,
-        )  # fmt: skip
+        for kubelet in KUBELETS:
+            mark = kubelet.mark
+            yield Part(
+                f"containerd{mark}",
+                (f"{self.bin}/containerd", f"--config={run}/containerd{mark}.toml"),
+                mounts=True,
+            )
+            yield Part(
+                f"kubelet{mark}",
+                (
+                    f"{self.bin}/kubelet", f"--config={run}/kubelet{mark}.yaml",
+                    f"--kubeconfig={pki}/kubelet{mark}.kubeconfig", f"--hostname-override={kubelet.name}",
+                    f"--node-ip={kubelet.address}", f"--root-dir={run}/kubelet{mark}",
+                    f"--cert-dir={run}/kubelet{mark}/pki",
+                ),
+                mounts=True,
+            )  # fmt: skip
 
     def _prepare(self) -> None:
         """The state folder with certificates and configuration, and empty volumes."""
         self.run.mkdir(mode=0o711, parents=True)
-        for folder in ("podlogs", "kubelet", "cni", "sysctl"):
-            (self.run / folder).mkdir()
-        (self.folder / "containerd").mkdir(exist_ok=True)
+        (self.run / "sysctl").mkdir()
+        self.storage().mkdir(exist_ok=True)
         (self.run / "resolv.conf").touch()
         certificates.write(
             self.pki,
-            ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost", NODE_NAME],
-            ["127.0.0.1", ADDRESS, "10.96.0.1"],
-        )
-        for client in ("controller-manager", "scheduler", "kube-proxy", "kubelet"):
-            text = certificates.kubeconfig(self.pki, client, f"https://{ADDRESS}:{API_PORT}", CONTEXT)
+            ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost",
+             *(kubelet.name for kubelet in KUBELETS)],
+            ["127.0.0.1", "10.96.0.1", *(kubelet.address for kubelet in KUBELETS)],
+        )  # fmt: skip
+        server = f"https://{FIRST.address}:{API_PORT}"
+        for client in (
+            "controller-manager",
+            "scheduler",
+            "kube-proxy",
+            *(f"kubelet{k.mark}" for k in KUBELETS),
+        ):
+            text = certificates.kubeconfig(self.pki, client, server, CONTEXT)
             (self.pki / f"{client}.kubeconfig").write_text(text)
-        for source in ("containerd.toml", "kubelet.yaml", "kube-proxy.yaml", "network.conflist"):
-            text = (HERE / "config" / source).read_text()
-            target = self.run / ("cni/" * source.endswith("conflist") + source)
-            target.write_text(string.Template(text).substitute(NODE=self.folder))
+        self._configure("kube-proxy.yaml", self.run / "kube-proxy.yaml")
+        for number, kubelet in enumerate(KUBELETS):
+            mark = kubelet.mark
+            for folder in ("podlogs", "kubelet", "cni"):
+                (self.run / f"{folder}{mark}").mkdir()
+            for source, target in (
+                ("containerd.toml", f"containerd{mark}.toml"),
+                ("kubelet.yaml", f"kubelet{mark}.yaml"),
+                ("network.conflist", f"cni{mark}/network.conflist"),
+            ):
+                own = {
+                    "MARK": mark,
+                    "ADDRESS": kubelet.address,
+                    "NUMBER": number,
+                    "HEALTH": 10248 - 2 * number,
+                }
+                self._configure(source, self.run / target, **own)
         kuberay = self.folder / "share" / "kuberay"  # kustomize wants it beside what it changes
         shutil.copyfile(HERE / "config" / "kustomization.yaml", kuberay / "kustomization.yaml")
         lines = ["set -e"]
@@ -337,13 +424,17 @@ class Node:
             volume.mkdir(parents=True)
             volume.chmod(0o777)  # pods write as whichever user they run as
 
+    def _configure(self, source: str, target: Path, **values: object) -> None:
+        text = (HERE / "config" / source).read_text()
+        target.write_text(string.Template(text).substitute(NODE=self.folder, **values))
+
     def _make_network(self) -> None:
-        """A namespace with the node's address on a bridge, and no route but to services and pods."""
+        """A namespace with the nodes' addresses on a bridge, and no route but to services and pods."""
         _call("ip", "netns", "add", NETWORK)
         for command in (
             "ip link set lo up",
             "ip link add node0 type bridge",
-            f"ip address add {ADDRESS}/24 dev node0",
+            *(f"ip address add {kubelet.address}/24 dev node0" for kubelet in KUBELETS),
             "ip link set node0 up",
             f"ip route add {SERVICES} dev node0",
         ):
@@ -360,7 +451,7 @@ class Node:
         with listener, (self.run / "forwarder.log").open("ab") as log:
             subprocess.Popen(
                 self.in_network(
-                    [sys.executable, str(HERE / "forward.py"), str(listener.fileno()), ADDRESS, str(API_PORT),
+                    [sys.executable, str(HERE / "forward.py"), str(listener.fileno()), FIRST.address, str(API_PORT),
                      str(self.run)]
                 ),
                 pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -371,12 +462,15 @@ class Node:
         self.kubeconfig.touch(mode=0o600)
         self.kubeconfig.write_text(text)
 
-    def _forget_containers(self) -> None:
-        """Containers that an earlier run left in containerd's books; the images stay."""
-        for container in self.ctr("containers", "list", "-q").split():
-            self.ctr("containers", "rm", container, check=False)
-        for sandbox in self.ctr("sandboxes", "list", check=False).splitlines()[1:]:
-            self.ctr("sandboxes", "rm", "--force", sandbox.split()[0], check=False)
+    def _start_containerd(self, kubelet: Kubelet) -> None:
+        """And forget the containers that an earlier run, or the first kubelet, left in its books; images stay."""
+        part = f"containerd{kubelet.mark}"
+        self.start_part(part)
+        self._until(lambda: bool(self.ctr("version", kubelet=kubelet)), part)
+        for container in self.ctr("containers", "list", "-q", kubelet=kubelet).split():
+            self.ctr("containers", "rm", container, check=False, kubelet=kubelet)
+        for sandbox in self.ctr("sandboxes", "list", check=False, kubelet=kubelet).splitlines()[1:]:
+            self.ctr("sandboxes", "rm", "--force", sandbox.split()[0], check=False, kubelet=kubelet)
 
     def _apply_volumes(self) -> None:
         items = [
@@ -410,9 +504,13 @@ class Node:
             name = volume["metadata"]["name"]
             self.kubectl("patch", "persistentvolume", name, "--type=merge", f"--patch={free}")
 
-    def _node(self, path: str) -> str:
-        """A field of the Node object, empty where there is none yet."""
-        return self.kubectl("get", "node", NODE_NAME, "-o", f"jsonpath={path}", check=False)
+    def _node(self, kubelet: Kubelet, path: str) -> str:
+        """A field of its Node object, empty where there is none yet."""
+        return self.kubectl("get", "node", kubelet.name, "-o", f"jsonpath={path}", check=False)
+
+    def _until_ready(self, kubelet: Kubelet) -> None:
+        ready = '{.status.conditions[?(@.type=="Ready")].status}'
+        self._until(lambda: self._node(kubelet, ready) == "True", f"kubelet{kubelet.mark}")
 
     def _until(self, condition: Callable[[], bool], part: str) -> None:
         """Ask again and again; a condition that raises is one that does not hold yet."""
@@ -428,14 +526,16 @@ class Node:
 
     def _pids(self, part: str) -> list[int]:
         """The running processes of a part, found by what they are, so that a crash hides none."""
-        if part == "tasks":
-            return sorted({pid for group in _cgroups() for pid in _members(group) if self._is_in_pod(pid)})
+        for kubelet in KUBELETS:
+            if part == f"tasks{kubelet.mark}":
+                inside = {pid for group in _cgroups() for pid in _members(group)}
+                return sorted(pid for pid in inside if self._is_in_pod(kubelet, pid))
         return [pid for pid, words in _processes() if self._is(part, words)]
 
-    def _is_in_pod(self, pid: int) -> bool:
-        """Whether its file system is one of this node's: another containerd may use a cgroup of that name."""
+    def _is_in_pod(self, kubelet: Kubelet, pid: int) -> bool:
+        """Whether its file system is one of this kubelet's: another containerd may use a cgroup of that name."""
         with suppress(OSError):
-            return f"{self.folder}/containerd/" in Path(f"/proc/{pid}/mountinfo").read_text()
+            return f"{self.storage(kubelet)}/" in Path(f"/proc/{pid}/mountinfo").read_text()
         return False
 
     def _is(self, part: str, words: list[str]) -> bool:
@@ -443,12 +543,11 @@ class Node:
             return words[-1] == str(self.run) and str(HERE / "forward.py") in words
         if part == "mounts":
             return words == ["tail", "-f", f"{self.run}/resolv.conf"]
-        if part == "shims":
-            return (
-                Path(words[0]).name == "containerd-shim-runc-v2" and f"{self.run}/containerd.sock" in words
-            )
-        programs_of = {part.name: part.command[0] for part in self._parts()}
-        return words[0] == programs_of[part]
+        for kubelet in KUBELETS:
+            if part == f"shims{kubelet.mark}":
+                return Path(words[0]).name == "containerd-shim-runc-v2" and self._socket(kubelet) in words
+        command = next(each.command for each in self._parts() if each.name == part)
+        return tuple(words[:2]) == command[:2]
 
     def _mounts(self) -> list[str]:
         with open("/proc/self/mounts") as table:

@@ -123,16 +123,7 @@ def test_by_a_new_cluster_no_request_is_lost_either(service: Service) -> None:
 def test_an_operator_that_restarts_costs_nothing(service: Service) -> None:
     with service.load() as load:
         load.wait_for(20)
-        service.node.kubectl(
-            "delete", "pod", "--namespace=kuberay-system", "--all", "--grace-period=0", "--force"
-        )
-        service.node.kubectl(
-            "rollout",
-            "status",
-            "deployment/kuberay-operator",
-            "--namespace=kuberay-system",
-            "--timeout=60s",
-        )
+        service.node.renew_operator()
         load.wait_for(20)
     figures["operator restarted"] = load.summary()
     assert load.summary()["failed"] == 0
@@ -187,7 +178,6 @@ def test_with_redis_a_head_that_dies_costs_nothing(node: Node, image: str, names
 
 
 def test_an_api_server_that_is_away_for_half_a_minute_costs_nothing(service: Service) -> None:
-    # The last of these: what waits for the operator after it would wait for it to come back to its work, a minute.
     with service.load() as load:
         load.wait_for(20)
         service.node.stop_part("apiserver")
@@ -197,9 +187,9 @@ def test_an_api_server_that_is_away_for_half_a_minute_costs_nothing(service: Ser
         load.wait_for(20)
     figures["API server away for 30 s"] = {**load.summary(), "answered_meanwhile": during}
     assert load.summary()["failed"] == 0
-    while not service.node.answers():
-        time.sleep(0.2)
+    until(service.node.answers)
     assert service.ray.get("RayService", NAME)
+    service.node.renew_operator()
 
 
 class Peak:

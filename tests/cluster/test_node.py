@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from node import NETWORK, STOP_ORDER, Node
+from node import FIRST, NETWORK, SECOND, STOP_ORDER, Node, parts_of
+
+from labkit.cluster.kuberay import KubeRay
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,6 +88,102 @@ def test_the_operator_takes_up_what_is_given_to_it(node: Node, namespace: str) -
     )  # fmt: skip
 
 
+# From the first connection on opens fifty a second, until its input ends: prints how many came about and how many did
+# not.
+CALLER = """
+import select, socket, sys
+good = bad = 0
+while not select.select([sys.stdin], [], [], 0.02)[0]:
+    try:
+        socket.create_connection((sys.argv[1], 8000), 2).close()
+        good += 1
+    except OSError:
+        bad += good > 0  # kube-proxy may not have heard of the service yet
+print(good, bad)
+"""
+
+
+def test_a_second_kubelet_makes_spreading_and_draining_real(node: Node, image: str, namespace: str) -> None:
+    pod_security = {
+        "allowPrivilegeEscalation": False, "runAsNonRoot": True, "capabilities": {"drop": ["ALL"]},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }  # fmt: skip
+    container = {
+        "name": "web",
+        "image": image,
+        "imagePullPolicy": "Never",
+        "command": ["python", "-m", "http.server", "8000", "--directory", "/tmp"],
+        "readinessProbe": {"tcpSocket": {"port": 8000}, "periodSeconds": 1},
+        "lifecycle": {"preStop": {"exec": {"command": ["sleep", "2"]}}},  # kube-proxy hears of it meanwhile
+        "resources": {"requests": {"cpu": "20m"}},
+        "securityContext": pod_security,
+    }
+    spread = {
+        "maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "DoNotSchedule",
+        "labelSelector": {"matchLabels": {"app": "web"}}, "nodeTaintsPolicy": "Honor",
+    }  # fmt: skip
+    ray = KubeRay(namespace=namespace)
+    items = [
+        {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": {"name": "web"},
+            "spec": {
+                "replicas": 4,
+                "selector": {"matchLabels": {"app": "web"}},
+                "template": {
+                    "metadata": {"labels": {"app": "web"}},
+                    "spec": {
+                        "containers": [container],
+                        "topologySpreadConstraints": [spread],
+                        "terminationGracePeriodSeconds": 5,
+                    },
+                },
+            },
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "web"},
+            "spec": {"selector": {"app": "web"}, "ports": [{"port": 8000}]},
+        },
+        {
+            "apiVersion": "policy/v1",
+            "kind": "PodDisruptionBudget",
+            "metadata": {"name": "web"},
+            "spec": {"selector": {"matchLabels": {"app": "web"}}, "minAvailable": 2},
+        },
+    ]
+
+    def places() -> list[str]:
+        pods = ray.list("Pod", "app=web")
+        return sorted(pod["spec"]["nodeName"] for pod in pods if "deletionTimestamp" not in pod["metadata"])
+
+    node.join()
+    try:
+        for item in items:
+            ray.apply(item)
+        node.kubectl("rollout", "status", "deployment/web", f"--namespace={namespace}", "--timeout=90s")
+        assert places() == [FIRST.name, FIRST.name, SECOND.name, SECOND.name]
+        address = ray.get("Service", "web")["spec"]["clusterIP"]
+        caller = subprocess.Popen(
+            node.in_network([sys.executable, "-c", CALLER, address]),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        node.kubectl("drain", SECOND.name, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s")
+        node.kubectl("rollout", "status", "deployment/web", f"--namespace={namespace}", "--timeout=90s")
+        good, bad = map(int, caller.communicate("", timeout=30)[0].split())
+        print(f"drained: {good} connections, {bad} failed")
+        assert bad == 0 and good > 50
+        assert places() == [FIRST.name] * 4
+    finally:
+        node.leave()
+    assert node.kubectl("get", "nodes", "-o", "name") == f"node/{FIRST.name}"
+    assert not node.storage(SECOND).exists()
+    states = dict(line.split()[:2] for line in node.status() if "running" in line)
+    assert [states[part] for part in parts_of(SECOND)] == ["not"] * 4  # running
+
+
 def test_there_is_no_route_out(node: Node) -> None:
     """No default route, and no link that leads out of the namespace."""
     routes = subprocess.run(
@@ -118,6 +216,8 @@ def test_only_the_forwarder_stands_on_this_machines_network(node: Node) -> None:
 @pytest.mark.parametrize("crashed", [(), ("kubelet", "containerd"), ("etcd", "apiserver", "mounts")])
 def test_nothing_is_left_behind_and_it_starts_again(node: Node, crashed: tuple[str, ...]) -> None:
     """Stopped in an orderly way, or with its parts killed first: the same clean machine, and a new start."""
+    if crashed and crashed[0] == "kubelet":
+        node.join()
     for name in crashed:
         node.stop_part(name)
     assert node.leftovers()  # there is something to remove
@@ -126,6 +226,7 @@ def test_nothing_is_left_behind_and_it_starts_again(node: Node, crashed: tuple[s
     assert node.leftovers() == []
     assert not Path("/run/netns", NETWORK).exists()
     assert not before.exists()
+    assert not node.storage(SECOND).exists()
     assert not node.kubeconfig.exists()
     with open("/proc/mounts") as table:
         assert str(node.folder) not in table.read()
@@ -152,6 +253,6 @@ def test_a_launcher_killed_half_way_leaves_nothing_that_up_does_not_clear(node: 
     launcher.wait()
     assert node.leftovers()
     node.up(say=lambda line: None)
-    assert {name for name in STOP_ORDER if name not in ("tasks", "shims")} <= {
+    assert set(STOP_ORDER) - {"tasks", "shims", *parts_of(SECOND)} <= {
         line.split()[0] for line in node.status() if " running" in line
     }
