@@ -41,11 +41,12 @@ def holds(manifest: Manifest, until: str) -> bool:
             if state in ("Failed", "ValidationFailed") or status.get("jobStatus") == "STOPPED":
                 raise Hopeless(f"it ended: {describe(manifest)}")
             return state == "Complete"
-        case ("RayJob" | "RayCluster", "Suspended"):
-            return "suspended" in (
-                status.get("state"),
-                str(status.get("jobDeploymentStatus", "")).lower(),
-            )
+        case ("RayJob", "Suspended"):
+            return bool(status.get("jobDeploymentStatus") == "Suspended")
+        case ("RayCluster", "Suspended"):
+            # The state may say so a moment earlier, while the operator still has pods to end.
+            known = condition(manifest, "RayClusterSuspended")
+            return known["status"] == "True" if known else status.get("state") == "suspended"
         case ("PersistentVolumeClaim", "Ready"):
             return status.get("phase") == "Bound"
         case ("Deployment", "Ready"):

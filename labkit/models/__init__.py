@@ -1,10 +1,11 @@
 """A whole model: load it, transform it, calibrate, quantize, evaluate, save."""
 
 from labkit.models import checkpoint, protocol
-from labkit.models.allocate import Sensitivity, allocate, measure
+from labkit.models.allocate import Cost, Sensitivity, allocate, measure
 from labkit.models.awq import awq_scale
 from labkit.models.calibrate import ModelStats, hessians
 from labkit.models.checkpoint import checkpoint_for, save
+from labkit.models.choices import Choices, choices, choose, confidence
 from labkit.models.config import ModelConfig
 from labkit.models.evaluate import Report, compare, evaluate, sizes
 from labkit.models.fisher import fisher
@@ -26,6 +27,8 @@ __all__ = [
     "Cache",
     "Calibration",
     "Chapter",
+    "Choices",
+    "Cost",
     "GrowingCache",
     "Linear",
     "Llama",
@@ -48,7 +51,10 @@ __all__ = [
     "chapters",
     "checkpoint",
     "checkpoint_for",
+    "choices",
+    "choose",
     "compare",
+    "confidence",
     "evaluate",
     "fisher",
     "hessians",

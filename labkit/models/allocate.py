@@ -47,6 +47,7 @@ class Sensitivity:
     method, options  how the parts were quantized; ``allocate`` writes its rules with them
     protocol  hash of the protocol that the KLs were measured by
     work      fingerprint of model, candidates, protocol and code
+    about     date, machine and versions, and the command that repeats it, where a file keeps them
     """
 
     costs: dict[str, dict[str, Cost]]
@@ -55,6 +56,7 @@ class Sensitivity:
     options: dict[str, Any] = field(default_factory=dict)
     protocol: str = ""
     work: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
 
     def predict(self, rules: Sequence[Rule]) -> tuple[float, float]:
         """(bits per weight over the parts, KL) that ``rules`` come to if the KLs add up.

@@ -123,10 +123,10 @@ def compare_each(
         if not isinstance(protocol, Protocol):
             protocol = protocol_for(reference.tokenizer, protocol)
         if known is None:
-            known = _final(reference, protocol.tokens, "reference", progress)
+            known = final_stream(reference, protocol.tokens, "reference", progress)
         start = time.perf_counter()
         recipe = model.made.recipe.name if model.made else "none"
-        final = known if model is reference else _final(model, protocol.tokens, recipe, progress)
+        final = known if model is reference else final_stream(model, protocol.tokens, recipe, progress)
         nll, kl, top1 = score(final, model.lm_head, known, reference.lm_head, protocol)
         over_layers, over_model, size = sizes(model)
         yield Report(
@@ -192,8 +192,11 @@ def _check_pair(model: Llama, reference: Llama) -> None:
         )
 
 
-def _final(model: Llama, tokens: Tensor, what: str, progress: bool | None) -> Tensor:
-    """The normed residual stream after the last layer, (windows, tokens, hidden)."""
+def final_stream(model: Llama, tokens: Tensor, what: str, progress: bool | None) -> Tensor:
+    """What the head reads of ``tokens`` (windows, tokens): (windows, tokens, hidden), exact float32.
+
+    A quantized layer is dequantized for its turn alone. The bar says that it is evaluating ``what``.
+    """
     work = shared_copy(model)
     x, rotary, cache = work.begin(tokens)
     for block in bar(list(work.blocks), f"evaluating {what}", progress):

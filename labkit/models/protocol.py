@@ -139,8 +139,7 @@ def build(tokenizer: Tokenizer, windows: int = WINDOWS, tokens: int = TOKENS) ->
 
     Raises ValueError when the text does not hold so many.
     """
-    text = _text(evaluation_chapters())
-    stream = _encode(tokenizer, text)
+    text, stream = _text(evaluation_chapters()), evaluation_stream(tokenizer)
     available = len(stream) // tokens
     if windows > available:
         raise ValueError(f"asked for {windows} windows of {tokens} tokens; the text holds {available}")
@@ -152,6 +151,11 @@ def build(tokenizer: Tokenizer, windows: int = WINDOWS, tokens: int = TOKENS) ->
         # The last position predicts a token outside the window.
         positions=(0, tokens - 1),
     )
+
+
+def evaluation_stream(tokenizer: Tokenizer) -> Tensor:
+    """The evaluation chapters as one run of token ids, int64 (tokens,)."""
+    return _encode(tokenizer, _text(evaluation_chapters()))
 
 
 def protocol_for(tokenizer: Tokenizer, which: str = "full") -> Protocol:

@@ -76,6 +76,15 @@ def test_any_condition_by_its_type() -> None:
     ("manifest", "suspended"),
     [
         (thing("RayCluster", state="suspended"), True),
+        (
+            thing(
+                "RayCluster",
+                state="suspended",
+                conditions=[{"type": "RayClusterSuspended", "status": "False"}],
+            ),
+            False,
+        ),
+        (thing("RayCluster", conditions=[{"type": "RayClusterSuspended", "status": "True"}]), True),
         (thing("RayCluster", state="ready"), False),
         (thing("RayJob", jobDeploymentStatus="Suspended"), True),
         (thing("RayJob", jobDeploymentStatus="Suspending"), False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -209,3 +210,38 @@ def test_measuring_leaves_the_model_alone_and_says_what_it_cannot_do(tiny: model
     ]:
         with pytest.raises(ValueError, match=says):
             measure(tiny, arguments[0], **arguments[1])
+
+
+def test_the_command_keeps_how_it_was_measured_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from labkit.cli import app
+
+    out = tmp_path / "found.json"
+    command = [
+        "bench",
+        "sensitivity",
+        "--model",
+        "tiny",
+        "--by",
+        "block",
+        "--grid",
+        "int3 g64",
+        "--out",
+        str(out),
+    ]
+    first = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert first.exit_code == 0 and "parts on 1 grids" in first.stdout
+    found = Sensitivity.from_file(out)
+    assert set(found.costs) == {f"model.layers.{i}.*" for i in range(len(models.load("tiny").blocks))}
+    words = "labkit bench sensitivity --out found.json --by block --seed 0 --grid 'int3 g64' --model tiny"
+    assert found.about["command"] == words and found.about["versions"]["labkit"]
+
+    def never(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(sys.modules["labkit.models.allocate"], "score", never)
+    CliRunner().invoke(app, command, catch_exceptions=False)
+    assert Sensitivity.from_file(out).costs == found.costs
