@@ -217,6 +217,8 @@ EXERCISES = [
 
             $$\\left\\| \\left(\\text{quantized}(W \\, \\text{diag}(s))\\, \\text{diag}(s)^{-1} - W\\right)
             X^T \\right\\|^2$$
+
+            exactly as it is, not rescaled. (No channel is silent.)
         """,
         starter='''
             def my_awq_scale(w: torch.Tensor, x: torch.Tensor, quantized, steps: int) -> torch.Tensor:
@@ -239,7 +241,7 @@ EXERCISES = [
         statement="""
             A row `w` of few weights and a `scale`. Each code is `floor(w / scale)` or one more. Try all combinations
             and return the codes $c$ with the least loss
-            $(w - c \\cdot \\text{scale})\\, H\\, (w - c \\cdot \\text{scale})^T$.
+            $(w - c \\cdot \\text{scale})\\, H\\, (w - c \\cdot \\text{scale})^T$. A grid has no ends here.
         """,
         starter='''
             def my_best_rounding(w: torch.Tensor, scale: float, h: torch.Tensor) -> torch.Tensor:

@@ -213,7 +213,8 @@ EXERCISES = [
             `kl[part][b]` is the KL that a part costs at `b` bits; `budget` is the mean of the bits over all weights
             (no scales here). Begin with every part at its fewest bits. A *raise* takes one part to its next larger
             number of bits. Of the raises that still fit into the budget, take the one that saves most KL per bit that
-            it adds, and go on until none fits. Return the bits of each part.
+            it adds, and go on until none fits. Return the bits of each part. (There are no ties, and more bits never
+            cost more KL.)
         """,
         starter='''
             def my_greedy(
@@ -254,7 +255,7 @@ QUIZ = [
         answer="a",
     ),
     Question(
-        "The sum of the parts' KLs is far above the measured KL of the whole model. What is still good for?",
+        "The sum of the parts' KLs is far below the measured KL of the whole model. What is it still good for?",
         {
             "Nothing": "Uniform and mixed at equal size were ranked rightly by it.",
             "The order of assignments": "It is their order that the programme needs, and that is measured at the end.",
