@@ -546,8 +546,10 @@ class Node:
         for kubelet in KUBELETS:
             if part == f"shims{kubelet.mark}":
                 return Path(words[0]).name == "containerd-shim-runc-v2" and self._socket(kubelet) in words
-        command = next(each.command for each in self._parts() if each.name == part)
-        return tuple(words[:2]) == command[:2]
+        program = next(each.command[0] for each in self._parts() if each.name == part)
+        # Two kubelets, and two containerds, are one program each: the first argument tells them apart.
+        twins = [e.command[1] for e in self._parts() if e.command[0] == program and e.name != part]
+        return words[0] == program and not (words[1:] and words[1] in twins)
 
     def _mounts(self) -> list[str]:
         with open("/proc/self/mounts") as table:
