@@ -70,9 +70,9 @@ def parts_of(kubelet: Kubelet) -> list[str]:
 
 # In the order they are stopped: nothing outlives what would restart it or needs it to end well.
 STOP_ORDER = (
-    *(kubelet_part for kubelet in KUBELETS for kubelet_part in parts_of(kubelet)[:1]),
+    *(parts_of(kubelet)[0] for kubelet in KUBELETS),
     "forwarder", "proxy", "scheduler", "controller-manager",
-    *(kubelet_part for kubelet in KUBELETS for kubelet_part in parts_of(kubelet)[1:]),
+    *(part for kubelet in KUBELETS for part in parts_of(kubelet)[1:]),
     "mounts", "apiserver", "etcd",
 )  # fmt: skip
 WORKLOADS = {"CoreDNS": ("kube-system", "coredns"), "KubeRay": ("kuberay-system", "kuberay-operator"),
@@ -407,7 +407,7 @@ class Node:
                     "MARK": mark,
                     "ADDRESS": kubelet.address,
                     "NUMBER": number,
-                    "HEALTH": 10248 - 2 * number,
+                    "HEALTH": 10248 - 2 * number,  # 10249 is kube-proxy's
                 }
                 self._configure(source, self.run / target, **own)
         kuberay = self.folder / "share" / "kuberay"  # kustomize wants it beside what it changes

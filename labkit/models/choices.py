@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.models.evaluate import final_stream
+from labkit.models.evaluate import dense, final_stream
 from labkit.models.llama import Llama
 from labkit.models.protocol import evaluation_stream
 from labkit.models.tokenizer import Tokenizer
@@ -79,8 +79,7 @@ def choose(model: Llama, asked: Choices, progress: bool | None = None) -> Tensor
     context = asked.contexts[:, None].expand(-1, options, -1)
     tokens = torch.cat([context, asked.options], dim=-1).flatten(0, 1)  # (questions * options, length)
     final = final_stream(model, tokens, "choices", progress)[:, -continuation - 1 : -1]
-    head = model.lm_head.weight
-    weight = head if isinstance(head, Tensor) else head.dequantize()
+    weight = dense(model.lm_head)
     scores = torch.stack(
         [
             F.linear(states, weight).log_softmax(dim=-1).gather(1, ids[:, None]).sum(dtype=torch.float64)

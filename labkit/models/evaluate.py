@@ -215,7 +215,7 @@ def score(
 ) -> tuple[float, float, float]:
     """Mean negative log-likelihood, mean KL(reference || model), and the share of equal first choices."""
     first, end = protocol.positions
-    weight, known_weight = _dense(head), _dense(known_head)
+    weight, known_weight = dense(head), dense(known_head)
     nll = kl = same = 0.0
     for ids, h, r in zip(protocol.tokens, final, known, strict=True):
         log_q = F.log_softmax(F.linear(h[first:end], weight, head.bias), dim=-1)  # (positions, vocab)
@@ -227,5 +227,6 @@ def score(
     return nll / count, kl / count, same / count
 
 
-def _dense(head: Linear) -> Tensor:
+def dense(head: Linear) -> Tensor:
+    """A layer's weight (out, in) as floats, dequantized where it is quantized."""
     return head.weight if isinstance(head.weight, Tensor) else head.weight.dequantize()

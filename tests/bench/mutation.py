@@ -32,11 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = ("spec", "grid", "packing", "rtn", "formats", "gptq")
 LIMIT_S = 300  # what a mutant makes run for ever counts as noticed
 # The tests of a file first; then all others.
-FIRST = {
-    "grid": ("test_integers", "test_formats", "test_rtn"),
-    "spec": ("test_spec",),
-    "packing": ("test_packing",),
-}
+FIRST = {"grid": ("test_integers", "test_formats", "test_rtn")}
 
 OPERATORS: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
@@ -48,7 +44,7 @@ COMPARISONS: dict[type, type] = {
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
 }  # fmt: skip
 DROPPED = ("clamp", "round", "abs", "floor", "sign", "sqrt")
-AXES = ("dim", "axis", "keepdim")
+AXES = ("dim", "axis")
 
 
 @dataclass(frozen=True)
@@ -86,6 +82,8 @@ def main() -> None:
         for part in ("labkit", "tests", "data", "pyproject.toml"):
             place = ROOT / part
             shutil.copytree(place, copy / part) if place.is_dir() else shutil.copy(place, copy / part)
+        # What a dropped call becomes, wherever it stands.
+        (copy / "sitecustomize.py").write_text("import builtins\n\nbuiltins._same = lambda x: x\n")
         assert run(copy, "spec") is None, "the tests must pass before anything is changed"
         for number, mutant in enumerate(chosen, 1):
             if mutant.key not in rows:
@@ -140,10 +138,8 @@ def _changes(node: ast.AST) -> Iterator[tuple[ast.AST, str, object]]:
     if isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp) and type(node.op) in OPERATORS:
         to = OPERATORS[type(node.op)]
         yield node, "operator", lambda: setattr(node, "op", to())
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Not):
-        other = ast.UAdd if isinstance(node.op, ast.USub) else None
-        if other:
-            yield node, "sign", lambda: setattr(node, "op", other())
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        yield node, "sign", lambda: setattr(node, "op", ast.UAdd())
     if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
         to = COMPARISONS[type(node.ops[0])]
         yield node, "comparison", lambda: node.ops.__setitem__(0, to())
@@ -189,8 +185,6 @@ def run(copy: Path, name: str) -> str | None:
     first = [folder / f"{word}.py" for word in FIRST.get(name, (f"test_{name}",))]
     order = [str(p) for p in first if p.exists()]
     order += [str(p) for p in sorted(folder.glob("test_*.py")) if str(p) not in order]
-    same = copy / "sitecustomize.py"
-    same.write_text("import builtins\n\nbuiltins._same = lambda x: x\n")
     environment = {
         **os.environ,
         "PYTHONPATH": str(copy),
@@ -207,8 +201,8 @@ def run(copy: Path, name: str) -> str | None:
         "-p",
         "no:cacheprovider",
         "--tb=no",
-        *order,
     ]
+    command += order
     try:
         done = subprocess.run(
             command, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT_S

@@ -14,6 +14,7 @@ import pytest
 from node import FIRST, NETWORK, SECOND, STOP_ORDER, Node, parts_of
 
 from labkit.cluster.kuberay import KubeRay
+from labkit.cluster.pods import CONTAINER_SECURITY, POD_SECURITY
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,10 +105,6 @@ print(good, bad)
 
 
 def test_a_second_kubelet_makes_spreading_and_draining_real(node: Node, image: str, namespace: str) -> None:
-    pod_security = {
-        "allowPrivilegeEscalation": False, "runAsNonRoot": True, "capabilities": {"drop": ["ALL"]},
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }  # fmt: skip
     container = {
         "name": "web",
         "image": image,
@@ -116,7 +113,7 @@ def test_a_second_kubelet_makes_spreading_and_draining_real(node: Node, image: s
         "readinessProbe": {"tcpSocket": {"port": 8000}, "periodSeconds": 1},
         "lifecycle": {"preStop": {"exec": {"command": ["sleep", "2"]}}},  # kube-proxy hears of it meanwhile
         "resources": {"requests": {"cpu": "20m"}},
-        "securityContext": pod_security,
+        "securityContext": CONTAINER_SECURITY,
     }
     spread = {
         "maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "DoNotSchedule",
@@ -134,6 +131,7 @@ def test_a_second_kubelet_makes_spreading_and_draining_real(node: Node, image: s
                 "template": {
                     "metadata": {"labels": {"app": "web"}},
                     "spec": {
+                        "securityContext": POD_SECURITY,
                         "containers": [container],
                         "topologySpreadConstraints": [spread],
                         "terminationGracePeriodSeconds": 5,

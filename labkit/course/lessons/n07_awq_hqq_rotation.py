@@ -14,7 +14,7 @@ from torch import Tensor
 from labkit.course import Exercise, Question, plot
 from labkit.course.check import close, require, tensor
 from labkit.models import Report
-from labkit.quant import QuantSpec, hadamard, rtn
+from labkit.quant import QuantSpec, Stats, hadamard_transform, hessian_error, rtn
 
 # --- exercises
 
@@ -359,7 +359,7 @@ def channels(x: Tensor) -> go.Figure:
 
 def scale_search_of(w: Tensor, x: Tensor) -> Callable[..., go.Figure]:
     """A function of bits and alpha that draws the output error over all alphas, and marks one."""
-    h = x.T @ x / len(x)
+    h = Stats.of(x).hessian
     size = x.abs().mean(dim=0).clamp(min=1e-6)
 
     @functools.cache
@@ -369,8 +369,7 @@ def scale_search_of(w: Tensor, x: Tensor) -> Callable[..., go.Figure]:
         for step in range(21):
             s = size ** (step / 20)
             s = s / (s.max() * s.min()).sqrt()  # scales are stored in fp16: keep them in its range
-            off = rtn(w * s, spec).dequantize() / s - w
-            found.append(float(((off @ h) * off).sum() / ((w @ h) * w).sum()))
+            found.append(hessian_error(w, rtn(w * s, spec).dequantize() / s, h))
         return found
 
     def search(alpha: float = 0.0, bits: int = 3) -> go.Figure:
@@ -400,7 +399,7 @@ def turned(outlier: float = 8.0, channels: int = 64) -> go.Figure:
     """Channels of a token with one outlier, before and after a Hadamard matrix."""
     x = torch.randn(channels, generator=torch.Generator().manual_seed(0))
     x[5] = outlier
-    y = x.double() @ hadamard(channels) / channels**0.5
+    y = hadamard_transform(x)
     made = plot.figure(
         f"largest over root mean square: {_peak(x):.1f} before, {_peak(y):.1f} after",
         "channel",

@@ -270,8 +270,7 @@ QUIZ = [
 
 def uniform(sensitivity: Sensitivity, spec: str) -> tuple[float, float]:
     """(bits per weight, predicted KL) where every part has the same grid."""
-    grid = QuantSpec.parse(spec)
-    return sensitivity.predict([Rule(part, grid, sensitivity.method) for part in sensitivity.costs])
+    return sensitivity.predict([Rule("*", QuantSpec.parse(spec), sensitivity.method)])
 
 
 def grids(sensitivity: Sensitivity) -> list[str]:
