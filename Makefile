@@ -11,7 +11,7 @@ SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 TIERS = unit parity notebooks serving browser cluster bench
 
 .PHONY: help setup lab test check lint test-long node node-up node-down node-status
-.PHONY: image system-packages constraints clean
+.PHONY: image system-packages constraints clean parity-libraries
 .PHONY: $(TIERS:%=test-%)
 
 help:
@@ -35,6 +35,15 @@ test-long: setup ## long fault and soak runs
 check: setup lint ## lint, types and the unit tests, in under two minutes
 	@$(BIN)/python tests/run.py unit $(ARGS)
 
+# They pin an older transformers than the lab, so they get .venv-parity, which uv fills from outside this folder, where
+# pyproject.toml's constraints do not hold.
+parity-libraries: setup ## beside torchao, optimum-quanto, llm-compressor: 5 GB more, once; writes parity.json
+	@.venv/uv/bin/uv venv --quiet --allow-existing --python $(BIN)/python .venv-parity
+	@cd / && $(CURDIR)/.venv/uv/bin/uv pip install --quiet --python $(CURDIR)/.venv-parity/bin/python \
+	    $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND)) \
+	    --requirements $(CURDIR)/tests/parity/libraries.txt --editable $(CURDIR)
+	@.venv-parity/bin/python tests/parity/libraries.py $(or $(ARGS),--out data/measurements/parity.json)
+
 lint: setup ## style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -56,5 +65,5 @@ constraints: setup ## resolve the versions anew from pyproject.toml
 	.venv/uv/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header \
 	    --no-annotate --no-emit-index-url --no-emit-find-links --no-emit-package labkit -o constraints.txt
 
-clean: ## remove .venv; work/ and the cache stay
-	rm -rf .venv
+clean: ## remove .venv and .venv-parity; work/ and the cache stay
+	rm -rf .venv .venv-parity

@@ -28,8 +28,8 @@ def data_path(name: str) -> Path:
 
 
 @contextmanager
-def whole_file(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it becomes ``path`` when the block ends well.
+def whole_file(path: Path | str, mode: int = 0o644) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; it becomes ``path``, with ``mode``, when the block ends well.
 
     After an exception or a killed process ``path`` is what it was before.
     """
@@ -40,6 +40,7 @@ def whole_file(path: Path | str) -> Iterator[Path]:
     part = Path(name)
     try:
         yield part
+        part.chmod(mode)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -140,7 +140,7 @@ def confirm(
         answer = (ask or input)(f"First write to {context}, namespace {namespace}. Go on? [y/N] ")
         if answer.strip().lower() not in ("y", "yes"):
             raise RuntimeError(f"nothing was written to {context}")
-    with whole_file(book) as part:
+    with whole_file(book, mode=0o600) as part:
         part.write_text(json.dumps([*seen, entry]))
 
 

@@ -99,7 +99,6 @@ def _copy_of(original: Path) -> Path:
 def _write(original: Path, copy: Path) -> None:
     with whole_file(copy) as part:
         part.write_bytes(original.read_bytes())
-        part.chmod(0o644)
 
 
 def _set_aside(copy: Path) -> Path:

@@ -49,7 +49,7 @@ def record(
                 entry["state"] = "right" if "right" in (state, entry.get("state")) else state
             entry["hints"] = max(hints or 0, int(entry.get("hints", 0)))
             entry["solution_seen"] = solution_seen or bool(entry.get("solution_seen"))
-            with whole_file(folder / "progress.json") as part:  # its mode is 0600
+            with whole_file(folder / "progress.json", mode=0o600) as part:
                 part.write_text(
                     json.dumps({"version": 1, "exercises": everything}, indent=1, sort_keys=True) + "\n"
                 )

@@ -49,7 +49,6 @@ def publish(target: Path, *, source: Path | None = None, timeout: int = 300, exe
     nbformat.validate(notebook)
     with whole_file(target) as part:
         part.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-        part.chmod(0o644)
     return seconds
 
 

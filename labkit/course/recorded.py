@@ -98,7 +98,6 @@ class Steps(Generic[T]):
         }
         with whole_file(data_path("recorded") / f"{self.number}.json") as part:
             part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            part.chmod(0o644)
 
     @cached_property
     def _stored(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from labkit.models.allocate import Cost, Sensitivity, allocate, measure
 from labkit.models.awq import awq_scale
 from labkit.models.calibrate import ModelStats, hessians
 from labkit.models.checkpoint import checkpoint_for, save
-from labkit.models.choices import Choices, choices, choose, confidence
+from labkit.models.choices import Choices, choices, confidence, pick
 from labkit.models.config import ModelConfig
 from labkit.models.evaluate import Report, compare, evaluate, sizes
 from labkit.models.fisher import fisher
@@ -52,7 +52,6 @@ __all__ = [
     "checkpoint",
     "checkpoint_for",
     "choices",
-    "choose",
     "compare",
     "confidence",
     "evaluate",
@@ -63,6 +62,7 @@ __all__ = [
     "off_grid",
     "online",
     "peak_bytes",
+    "pick",
     "protocol",
     "protocol_for",
     "quantize",

@@ -70,7 +70,7 @@ def choices(
 
 
 @torch.no_grad()
-def choose(model: Llama, asked: Choices, progress: bool | None = None) -> Tensor:
+def pick(model: Llama, asked: Choices, progress: bool | None = None) -> Tensor:
     """The option that the model finds likeliest, int64 (questions,). Exact float32, as ``evaluate``.
 
     progress: a bar over decoder layers; None is ``LABKIT_PROGRESS``.

@@ -183,7 +183,6 @@ def _write(out: Path, rows: Sequence[dict[str, Any]], command: str) -> None:
     }
     with whole_file(out) as part:
         part.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-        part.chmod(0o644)
 
 
 def _processor() -> str:

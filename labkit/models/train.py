@@ -104,7 +104,7 @@ def train(
     for step in steps:
         for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = rate * _pace(step, recipe.train.warmup, len(batches))
-        loss = _gradients(model, student, layers, batches[step])
+        loss = _gradients(model, student, layers, batches[step], recipe.train.dtype)
         if not math.isfinite(loss):
             raise ValueError(
                 f"recipe {recipe.name}: the loss of step {step} is {loss}; lower train.rate or train.scale_rate"
@@ -246,16 +246,18 @@ def _layers(
 
 
 @torch.enable_grad()
-def _gradients(teacher: Llama, student: Llama, layers: list[_Layer], batch: Tensor) -> float:
+def _gradients(teacher: Llama, student: Llama, layers: list[_Layer], batch: Tensor, dtype: str) -> float:
     """The gradients of one step, left on the layers' parameters; returns the loss, nats per token."""
+    passes = torch.autocast(batch.device.type, torch.bfloat16, enabled=dtype == "bf16")
     with torch.no_grad():
         for layer in layers:
             layer.linear.weight = nn.Parameter(layer.rounded(), requires_grad=True)
     loss = 0.0
     for windows in batch.split(AT_ONCE):
-        with torch.no_grad():
-            log_p = F.log_softmax(teacher(windows), dim=-1)  # (windows, tokens, vocab)
-        log_q = F.log_softmax(student(windows), dim=-1)
+        with passes:
+            with torch.no_grad():
+                log_p = F.log_softmax(teacher(windows).float(), dim=-1)  # (windows, tokens, vocab)
+            log_q = F.log_softmax(student(windows).float(), dim=-1)
         kl = F.kl_div(log_q, log_p, log_target=True, reduction="sum") / batch.numel()
         kl.backward()
         loss += kl.item()

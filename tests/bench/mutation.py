@@ -232,7 +232,6 @@ def write(out: Path, args: argparse.Namespace, rows: list[dict[str, object]], of
     }
     with whole_file(out) as part:
         part.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-        part.chmod(0o644)
 
 
 if __name__ == "__main__":

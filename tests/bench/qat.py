@@ -64,7 +64,7 @@ def main() -> None:
 
     start, rows = time.perf_counter(), []
     names = ["rtn, minmax", "rtn, mse", "gptq, minmax", "gptq, mse", recipe.name, f"{recipe.name}, control"]
-    for name, report in zip(names, models.compare(subjects(), original, args.protocol), strict=True):
+    for name, report in zip(names, models.compare_each(subjects(), original, args.protocol), strict=True):
         rows.append({**report.to_dict(), "recipe": name})
         print(f"{name:28} KL {report.kl:.4f}  perplexity {report.perplexity:.2f}", flush=True)
     best = min(row["kl"] for row in rows[:4])

@@ -19,6 +19,15 @@ def test_a_file_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.parametrize(("options", "mode"), [({}, 0o644), ({"mode": 0o600}, 0o600)])
+def test_a_file_can_be_read_by_others_unless_it_is_private(
+    tmp_path: Path, options: dict[str, int], mode: int
+) -> None:
+    with whole_file(tmp_path / "a.txt", **options) as part:
+        part.write_text("done")
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode
+
+
 def test_an_exception_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")

@@ -61,19 +61,19 @@ def test_the_likeliest_option_is_chosen(tiny: models.Llama, asked: models.Choice
                 so_far.append(token)
             scores.append(total)
         expected.append(scores.index(max(scores)))
-    assert models.choose(tiny, asked, progress=False).tolist() == expected
+    assert models.pick(tiny, asked, progress=False).tolist() == expected
 
 
 def test_a_model_that_has_read_is_better_than_guessing(tiny: models.Llama) -> None:
     asked = models.choices(tiny.tokenizer, 64)
-    right = int((models.choose(tiny, asked, progress=False) == asked.answers).sum())
+    right = int((models.pick(tiny, asked, progress=False) == asked.answers).sum())
     assert models.confidence(right, 64)[0] > 0.25
 
 
 def test_a_quantized_model_chooses_too(tiny: models.Llama, asked: models.Choices) -> None:
     recipe = models.Recipe.load("w8a16-rtn-channel")
-    chosen = models.choose(models.quantize(tiny, recipe, progress=False), asked, progress=False)
-    assert chosen.tolist() == models.choose(tiny, asked, progress=False).tolist()
+    chosen = models.pick(models.quantize(tiny, recipe, progress=False), asked, progress=False)
+    assert chosen.tolist() == models.pick(tiny, asked, progress=False).tolist()
 
 
 def test_wilsons_interval() -> None:

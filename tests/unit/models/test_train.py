@@ -126,6 +126,30 @@ def test_one_step_is_adamw_on_the_gradient_of_the_kl(tiny: models.Llama, batches
         assert (expected.codes == weight.codes).double().mean() > 0.99, name
 
 
+def test_bf16_is_near_fp32_and_learns_in_fp32(tiny: models.Llama, batches: Tensor) -> None:
+    """A step's loss and weights differ by bf16's 8 bits, and the weights are finer than bf16's own."""
+    weights: dict[str, Tensor] = {}
+    losses: dict[str, float] = {}
+    for dtype in ("fp32", "bf16"):
+        recipe = replace(RECIPE, train=replace(RECIPE.train, warmup=0, dtype=dtype))
+        found = models.train(
+            tiny,
+            recipe,
+            batches[:1],
+            control=True,
+            callback=lambda step, loss, dtype=dtype: losses.update({dtype: loss}),
+        )
+        weights[dtype] = found.linears()["model.layers.1.mlp.up_proj"].weight
+        trained = models.train(
+            tiny, recipe, batches[:2], callback=lambda s, x, d=dtype: losses.update({d: x})
+        )
+        assert trained.made is not None
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert weights["bf16"].dtype == torch.float32
+    assert not torch.equal(weights["bf16"], weights["bf16"].bfloat16().float())
+
+
 def test_decay_takes_its_share_of_every_weight(tiny: models.Llama, batches: Tensor) -> None:
     """Decoupled: beside the same step, rate * decay * v is taken off. The rate is in units of v's RMS."""
     ended = {}
@@ -328,6 +352,7 @@ def test_a_loss_that_is_no_number_ends_it(tiny: models.Llama, batches: Tensor) -
         ("{rate: 0}", "train.rate must be a number above 0"),
         ("{rate: fast}", "train.rate must be a number above 0, found 'fast'"),
         ("{decay: -1}", "train.decay must be a number of at least 0"),
+        ("{dtype: fp16}", "train.dtype must be fp32 or bf16, found 'fp16'"),
         ("{step: 3}", "train: unknown key 'step'"),
         ("3", "train: expected a mapping"),
     ],
@@ -339,7 +364,7 @@ def test_bad_yaml_is_named(train: str, says: str) -> None:
 
 def test_the_recipe_and_its_expansion() -> None:
     recipe = models.Recipe.load("w2a16-qat-g64")
-    assert recipe.train == models.Training()
+    assert recipe.train == models.Training(steps=120, windows=4, warmup=8, dtype="bf16")
     assert models.Recipe.parse(str(recipe)) == models.Recipe.from_dict(recipe.to_dict())
     assert models.Recipe.from_dict(recipe.to_dict()).train == recipe.train
     plain = models.Recipe.load("w4a16-rtn-g64")
