@@ -166,9 +166,12 @@ class Node:
         """Start the second kubelet, the node ``lab-2``, and return once it is ready.
 
         It has the images that the first has now; nothing may be loaded meanwhile. Both say that the machine's
-        cores and memory are theirs, so what they offer together is twice what there is.
+        cores and memory are theirs, so what they offer together is twice what there is. Raises RuntimeError
+        where it has joined already.
         """
         one, two = self.storage(FIRST), self.storage(SECOND)
+        if two.exists():
+            raise RuntimeError(f"{SECOND.name} has joined already: leave() first, or `make node-down`")
         _call("cp", "--archive", "--link", str(one), str(two))  # what is written once may be shared
         for database in two.rglob("*.db"):
             content = database.read_bytes()

@@ -27,7 +27,7 @@ sys.path.insert(0, str(NODE))
 
 import certificates  # noqa: E402
 import programs  # noqa: E402
-from node import Node  # noqa: E402
+from node import SECOND, Node  # noqa: E402
 
 # A `go` that builds nothing: it notes its calls, makes the files that are asked for, and fails where told to.
 GO = """#!{python}
@@ -369,3 +369,13 @@ def test_an_unbuilt_node_and_a_plain_user_are_told_what_to_do(
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(PermissionError, match="root"):
         Node(tmp_path).up(quiet)
+
+
+def test_a_node_that_has_joined_does_not_join_again(tmp_path: Path) -> None:
+    """Its containerd has the copy of the images open: nothing may be copied over it."""
+    node = Node(tmp_path)
+    for folder in (node.storage(), node.storage(SECOND)):
+        (folder / "images").mkdir(parents=True)
+    with pytest.raises(RuntimeError, match=r"lab-2 has joined already: leave\(\) first"):
+        node.join()
+    assert [path.name for path in node.storage(SECOND).iterdir()] == ["images"]
