@@ -271,13 +271,13 @@ def bench_ladder(
     resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that the file has.")] = False,
     model: Annotated[str | None, typer.Option(help="Default: LABKIT_MODEL, or the bundled model.")] = None,
 ) -> None:
-    """Measure many recipes, and their differences paired within a seed: about an hour a seed on two cores."""
-    from labkit.models.ladder import LADDER, SEEDS, ladder
+    """Measure many recipes, and their differences paired within a seed: about two hours on two cores."""
+    from labkit.models.ladder import SEEDS, ladder
 
     if out.exists() and not resume:
         raise FileExistsError(f"{out} exists already; choose another file, or go on with --resume")
     protocol = "lesson" if lesson else "full"
-    for row in ladder(out, recipe or LADDER, seed or SEEDS, model=model, protocol=protocol, resume=resume):
+    for row in ladder(out, recipe, seed or SEEDS, model=model, protocol=protocol, resume=resume):
         typer.echo(
             f"seed {row['seed']}  {row['recipe']:36} {row['bits_per_weight']:6.3f} bits  ppl "
             f"{row['perplexity']:8.2f}  KL {row['kl']:.4f}  top-1 {row['top1']:.3f}  {row['quantize_seconds']:6.1f} s"

@@ -60,7 +60,16 @@ LADDER = (
     "w4a16-gptq-g64" + ABLATED,
     "w3a16-adaround-g64",
 )
-ONE_SEED = frozenset({"w3a16-adaround-g64"})  # takes as long as all the others together
+# What conclusions are drawn from is measured with every seed, the rest of the ladder with the first alone.
+EVERY_SEED = frozenset(
+    {
+        "w8a16-rtn-channel",
+        "w4a16-rtn-channel",
+        *(f"w{b}a16-{m}-g64" for b in (4, 3) for m in ("rtn", "gptq", "awq", "rotate-gptq")),
+        *(f"w{b}a16-gptq-g64-actorder" for b in (4, 3)),
+        "w4a16-gptq-g64" + ABLATED,
+    }
+)
 # Besides each against rounding: (better, worse).
 PAIRS = (
     ("w4a16-gptq-g64-actorder", "w4a16-gptq-g64"),
@@ -73,7 +82,7 @@ PAIRS = (
 
 def ladder(
     out: Path,
-    recipes: Sequence[str] = LADDER,
+    recipes: Sequence[str] | None = None,
     seeds: Sequence[int] = SEEDS,
     *,
     model: str | None = None,
@@ -81,6 +90,9 @@ def ladder(
     resume: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Measure ``recipes`` for each of ``seeds`` and give back each row as it is done.
+
+    Without ``recipes`` it is those of ``LADDER``; of these the ones that are not in ``EVERY_SEED`` have a row
+    for the first seed only.
 
     ``out``, a JSON file, is written whole after every row: how it was measured, every row, and the paired
     differences with their mean and spread over the seeds. ``resume`` keeps the rows that are in it. Raises
@@ -90,8 +102,11 @@ def ladder(
     command = _command(out, recipes, seeds, model, protocol)
     for seed in seeds:
         done = {row["recipe"] for row in rows if row["seed"] == seed}
-        once = () if seed == seeds[0] else ONE_SEED
-        wanted = [name for name in ("none", *recipes) if name not in done and name not in once]
+        if recipes is not None:
+            rungs = list(recipes)
+        else:
+            rungs = [name for name in LADDER if seed == seeds[0] or name in EVERY_SEED]
+        wanted = [name for name in ("none", *rungs) if name not in done]
         if not wanted:
             continue
         original = load(model, seed=seed)
@@ -161,11 +176,11 @@ def _quantized(original: Llama, names: Sequence[str], seed: int, spent: list[flo
 
 
 def _command(
-    out: Path, recipes: Sequence[str], seeds: Sequence[int], model: str | None, protocol: str
+    out: Path, recipes: Sequence[str] | None, seeds: Sequence[int], model: str | None, protocol: str
 ) -> str:
     """What repeats this call, as one types it."""
     words = ["labkit", "bench", "ladder", "--out", out.name]
-    words += [word for name in recipes for word in ("--recipe", name)] if recipes != LADDER else []
+    words += [word for name in recipes or () for word in ("--recipe", name)]
     words += [word for seed in seeds for word in ("--seed", str(seed))] if tuple(seeds) != SEEDS else []
     words += ["--lesson"] if protocol == "lesson" else []
     words += ["--model", model] if model else []

@@ -38,6 +38,7 @@ from labkit.settings import settings
 
 AT_ONCE = 2  # windows in one pass; a step adds up the gradients of its passes
 SAVE_EVERY = 25  # steps
+INSIDE = 0.499  # of a step: how far from its code a weight may lie that has to round to it
 
 
 def train(
@@ -216,7 +217,7 @@ def _layers(
     saved: bool,
     progress: bool | None,
 ) -> list[_Layer]:
-    """The layers with the scales that their rules' methods find; any scales will do where saved ones follow."""
+    """The layers with the scales and codes that their rules' methods find; any will do where saved ones follow."""
     originals, linears, layers = model.linears(), student.linears(), []
     start = None
     if not control and not saved:
@@ -240,9 +241,29 @@ def _layers(
                 )
             dense, points = found.params.dense()
             scale, zero = dense.clamp(min=1e-30), zero if points is None else points
+            layer.v.data.copy_(_rounding_to(layer.v.detach(), found))
         layer.s = scale.clone().requires_grad_()
         layer.beta = None if spec.zero == "none" else (-zero * scale).requires_grad_()
     return layers
+
+
+def _rounding_to(weight: Tensor, found: QuantizedTensor) -> Tensor:
+    """The weights nearest to ``weight`` that round to the codes of ``found``.
+
+    Where the method rounded to nearest they are ``weight``, to a thousandth of a step. Where it did not, as
+    GPTQ, they lie at the border of the code that it chose, and training starts from its model.
+    """
+    dense, points = found.params.dense()
+    blocks = Blocks(tuple(weight.shape), found.spec.block)
+    scale = blocks.spread(dense.clamp(min=1e-30))
+    zero = 0 if points is None else blocks.spread(points)
+    codes = found.codes.reshape(blocks.matrix).float()
+    low, high = found.spec.code_range
+    weight = weight.reshape(blocks.matrix)
+    off = weight / scale + zero - codes  # in steps
+    there = (off.abs() <= INSIDE) | ((codes == low) & (off < 0)) | ((codes == high) & (off > 0))
+    moved = (codes - zero + off.clamp(-INSIDE, INSIDE)) * scale
+    return torch.where(there, weight, moved).reshape(blocks.shape)
 
 
 @torch.enable_grad()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from labkit import models
 from labkit.files import whole_file
+from labkit.models.evaluate import compare_each
 from labkit.models.ladder import measured_on
 
 
@@ -64,7 +65,7 @@ def main() -> None:
 
     start, rows = time.perf_counter(), []
     names = ["rtn, minmax", "rtn, mse", "gptq, minmax", "gptq, mse", recipe.name, f"{recipe.name}, control"]
-    for name, report in zip(names, models.compare_each(subjects(), original, args.protocol), strict=True):
+    for name, report in zip(names, compare_each(subjects(), original, args.protocol), strict=True):
         rows.append({**report.to_dict(), "recipe": name})
         print(f"{name:28} KL {report.kl:.4f}  perplexity {report.perplexity:.2f}", flush=True)
     best = min(row["kl"] for row in rows[:4])

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from labkit import models
-from labkit.models.ladder import ABLATED, LADDER, PAIRS, ladder, paired
+from labkit.models import ladder as module
+from labkit.models.ladder import ABLATED, EVERY_SEED, LADDER, PAIRS, ladder, paired
 from labkit.models.recipe import names
 
 THREE = ["w4a16-rtn-g64", "w4a16-rtn-channel", "w4a16-rtn-g64" + ABLATED]
@@ -24,7 +25,17 @@ def climb(
 
 def test_every_rung_is_a_recipe() -> None:
     assert {name.removesuffix(ABLATED) for name in LADDER} <= set(names())
-    assert {name for pair in PAIRS for name in pair} <= set(LADDER)
+    assert {name for pair in PAIRS for name in pair} <= EVERY_SEED <= set(LADDER)
+
+
+def test_what_is_not_paired_over_seeds_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LADDER", ("w4a16-rtn-g64", "w4a16-nf4-b64"))
+    rows = list(ladder(tmp_path / "a.json", seeds=(4, 5), model="tiny", protocol="lesson"))
+    measured = [(row["seed"], row["recipe"]) for row in rows]
+    once = [(4, "none"), (4, "w4a16-rtn-g64"), (4, "w4a16-nf4-b64")]
+    assert measured == [*once, (5, "none"), (5, "w4a16-rtn-g64")]
 
 
 def test_a_row_is_what_quantize_and_evaluate_give(tmp_path: Path) -> None:

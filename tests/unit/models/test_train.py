@@ -150,6 +150,20 @@ def test_bf16_is_near_fp32_and_learns_in_fp32(tiny: models.Llama, batches: Tenso
     assert not torch.equal(weights["bf16"], weights["bf16"].bfloat16().float())
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_it_starts_where_the_rules_method_ended(tiny: models.Llama, batches: Tensor, method: str) -> None:
+    """With both rates at almost nothing a step leaves the codes of the method: also those not the nearest."""
+    still = replace(RECIPE.train, rate=1e-30, scale_rate=0.0)
+    recipe, nearest = (
+        replace(RECIPE, rules=tuple(replace(rule, method=m) for rule in RECIPE.rules), train=still)
+        for m in (method, "rtn")
+    )
+    found = packed(models.train(tiny, recipe, batches[:1], seed=3))
+    assert equal(found, packed(models.quantize(tiny, replace(recipe, train=None), seed=3)))
+    rounded = packed(models.quantize(tiny, replace(nearest, train=None), seed=3))
+    assert equal(found, rounded) == (method == "rtn")
+
+
 def test_decay_takes_its_share_of_every_weight(tiny: models.Llama, batches: Tensor) -> None:
     """Decoupled: beside the same step, rate * decay * v is taken off. The rate is in units of v's RMS."""
     ended = {}
