@@ -51,6 +51,8 @@ class Facts:
     loopback: bool
     jupyter_port_free: bool
     gpus: tuple[str, ...]
+    kernel: str | None  # the arithmetic of our own kernel for the CPU, or None
+    kernel_error: str | None  # why it is not there
     context: str | None
     cluster: str | None  # the Kubernetes version, when the named cluster answers
     cluster_error: str | None
@@ -182,6 +184,13 @@ def gpu(facts: Facts) -> Verdict:
     return Verdict("GPU", "ok", ", ".join(facts.gpus) or "none, and no lesson needs one")
 
 
+def kernels(facts: Facts) -> Verdict:
+    if facts.kernel is None:
+        remedy = "without it all but int4 weights are written out: 4 to 8 times the memory, half the speed"
+        return Verdict("kernels", "note", facts.kernel_error or "not built", remedy)
+    return Verdict("kernels", "ok", f"built for {facts.kernel}")
+
+
 def cluster(facts: Facts) -> Verdict:
     if facts.context is None:
         return Verdict("cluster", "ok", "none named (LABKIT_KUBE_CONTEXT); everything runs locally")
@@ -195,7 +204,8 @@ def cluster(facts: Facts) -> Verdict:
 
 
 CHECKS: tuple[Callable[[Facts], Verdict], ...] = (
-    machine, clone, cores, memory, shared_memory, disk, packages, cache, model, ports, gpu, cluster,
+    machine, clone, cores, memory, shared_memory, disk, packages, cache, model, ports, gpu, kernels,
+    cluster,
 )  # fmt: skip
 
 
@@ -206,6 +216,7 @@ def gather() -> Facts:
     context = os.environ.get("LABKIT_KUBE_CONTEXT") or None
     version, kuberay, error = _ask_cluster(context) if context else (None, False, None)
     standing = _existing(now.cache)
+    kernel, kernel_error = _kernel()
     return Facts(
         system=platform.system(),
         processor=platform.machine(),
@@ -227,6 +238,8 @@ def gather() -> Facts:
         loopback=_can_bind(0),
         jupyter_port_free=_can_bind(JUPYTER_PORT),
         gpus=_gpus(),
+        kernel=kernel,
+        kernel_error=kernel_error,
         context=context,
         cluster=version,
         cluster_error=error,
@@ -316,6 +329,16 @@ def _can_bind(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def _kernel() -> tuple[str | None, str | None]:
+    """What the kernel for the CPU computes with, built if need be, and why it is not there."""
+    try:
+        from labkit.kernels import build  # torch, without which the rest is still worth saying
+    except ImportError as error:
+        return None, str(error)
+    reason = build.why_not()
+    return (None, reason) if reason else (build.library().labkit_arithmetic().decode(), None)
 
 
 def _gpus() -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Size, Tensor
 
 from labkit.kernels.int4_cpu import Int4Cpu
+from labkit.kernels.native_cpu import NativeCpu
 from labkit.kernels.reference import Reference
 from labkit.quant import QuantizedTensor
 
@@ -29,7 +30,11 @@ class Prepared(Protocol):
 
 
 # In order of preference; the reference takes everything and stands last.
-BACKENDS: dict[str, type[Int4Cpu] | type[Reference]] = {"int4_cpu": Int4Cpu, "reference": Reference}
+BACKENDS: dict[str, type[Int4Cpu] | type[NativeCpu] | type[Reference]] = {
+    "int4_cpu": Int4Cpu,
+    "native_cpu": NativeCpu,
+    "reference": Reference,
+}
 
 
 def backends(weight: QuantizedTensor) -> dict[str, str | None]:

@@ -35,6 +35,8 @@ HEALTHY = Facts(
     loopback=True,
     jupyter_port_free=True,
     gpus=(),
+    kernel="AVX-512",
+    kernel_error=None,
     context=None,
     cluster=None,
     cluster_error=None,
@@ -54,7 +56,7 @@ def test_a_healthy_machine_is_all_green() -> None:
     assert {v.state for v in verdicts} == {"ok"}
     assert [v.check for v in verdicts] == [
         "machine", "folder", "cores", "memory", "/dev/shm", "disk",
-        "packages", "cache", "model", "ports", "GPU", "cluster",
+        "packages", "cache", "model", "ports", "GPU", "kernels", "cluster",
     ]  # fmt: skip
     assert doctor.as_json(verdicts)["ok"] is True
 
@@ -79,6 +81,7 @@ def test_a_healthy_machine_is_all_green() -> None:
         ("model", {"model": False}, "missing", "labkit models fetch"),
         ("model", {"model": False, "offline": True}, "missing", "LABKIT_OFFLINE"),
         ("ports", {"loopback": False}, "missing", "127.0.0.1"),
+        ("kernels", {"kernel": None, "kernel_error": "no C++ compiler; install g++"}, "note", "written out"),
         ("cluster", {"context": "dev", "cluster_error": "refused"}, "missing", "kubectl --context dev"),
         ("cluster", {"context": "dev", "cluster": "v1.35.0"}, "note", "KubeRay"),
     ],
@@ -207,7 +210,7 @@ def test_the_command_says_what_is_missing_and_exits_1(tmp_path: Path) -> None:
     assert done.returncode == 1
     lines = [line.split()[:2] for line in done.stdout.splitlines()]
     assert ["missing", "model"] in lines
-    assert len(lines) == 12
+    assert len(lines) == 13
     as_json = json.loads(labkit("doctor", "--json", LABKIT_CACHE=str(tmp_path)).stdout)
     assert as_json["ok"] is False
     assert [check["state"] for check in as_json["checks"] if check["check"] == "model"] == ["missing"]

@@ -1,0 +1,112 @@
+"""Compile ``native_cpu.cpp`` where it is first needed, for the processor that is there, and keep what came out."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch  # noqa: F401  its OpenMP library must be loaded first: two pools of threads get in each other's way
+
+from labkit.settings import settings
+
+SOURCE = Path(__file__).with_name("native_cpu.cpp")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno")
+OPENMP = "-fopenmp"
+
+
+class Unavailable(RuntimeError):
+    """No library can be made here: the message says what is missing and what to do."""
+
+
+@cache
+def library(march: str = "native") -> ctypes.CDLL:
+    """The library for a processor in the compiler's own words, compiled (in seconds) unless the cache has it.
+
+    The file's name is a hash of source, compiler, flags and what the processor can do, so that a cache that
+    several machines share never gives one of them another's. Whoever is first leaves it whole under its name;
+    two that compile at once do the same work twice. The compiler is that of the environment variable CXX, or
+    c++, g++ or clang++. Raises Unavailable.
+    """
+    compiler = _compiler()
+    key = hashlib.sha256(
+        "\n".join((SOURCE.read_text(), _version(compiler), *FLAGS, march, _processor())).encode()
+    ).hexdigest()
+    target = settings().cache / "kernels" / f"native_cpu-{key[:16]}.so"
+    if not target.exists():
+        _compile(compiler, march, target)
+    try:
+        made = ctypes.CDLL(str(target))
+    except OSError as error:
+        raise Unavailable(f"{target} does not load: {error}; remove it") from error
+    return declared(made)
+
+
+def declared(made: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with its functions' argument types."""
+    pointer, whole, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
+    made.labkit_linear.argtypes = [whole, *[pointer] * 4, whole, *[pointer] * 2, *[long] * 4, whole]
+    made.labkit_linear.restype = None
+    made.labkit_arithmetic.restype = ctypes.c_char_p
+    return made
+
+
+@cache
+def why_not() -> str | None:
+    """What keeps ``library()`` from being there, or None."""
+    try:
+        library()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def _compiler() -> list[str]:
+    named = os.environ.get("CXX")
+    if named:
+        return shlex.split(named)
+    for name in ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return [found]
+    raise Unavailable(
+        "no C++ compiler; install one (Debian and Ubuntu: g++, macOS: xcode-select --install)"
+    )
+
+
+def _version(compiler: list[str]) -> str:
+    try:
+        told = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Unavailable(f"the C++ compiler {shlex.join(compiler)} does not run: {error}") from error
+    return told.stdout
+
+
+def _compile(compiler: list[str], march: str, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            for threads in ([OPENMP], []):  # Apple's compiler has no OpenMP: one thread then
+                command = [*compiler, *FLAGS, *threads, f"-march={march}", str(SOURCE), "-o", str(made)]
+                ran = subprocess.run(command, capture_output=True, text=True)
+                if ran.returncode == 0:
+                    os.replace(made, target)
+                    return
+    except OSError as error:
+        raise Unavailable(f"{target.parent} cannot be written: {error}; set LABKIT_CACHE") from error
+    said = [line for line in ran.stderr.splitlines() if "error" in line] or ["it said no error"]
+    raise Unavailable(f"`{shlex.join(command)}` failed: {said[0].strip()}")
+
+
+def _processor() -> str:
+    """What the processor says that it can do, as far as Linux tells; elsewhere the compiler's -march decides."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    told = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
+    return "\n".join(dict.fromkeys(told)) or os.uname().machine

@@ -1,0 +1,277 @@
+"""Our own kernel against a product in float64: every format, odd shapes, extremes, gradients, memory errors."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from labkit.kernels import backends, build, prepare
+from labkit.kernels.native_cpu import NativeCpu
+from labkit.quant import QuantizedTensor, QuantSpec, encode, fit
+
+FORMATS = [
+    *(f"int{bits} {rest}" for bits in (2, 3, 4, 5, 8) for rest in ("g64", "g64 asym", "channel", "channel asym")),
+    "int4 g32 narrow",
+    "int4 tensor",
+    "int4 32x128 asym",
+    "int4 g16 asym-float scale=bf16",
+    "int4 g64 asym scale=(int8 b256 asym scale=fp32)",
+    "int8 g64 asym-float scale=fp32",
+    "nf4 g64",
+    "mxfp4",
+    "nvfp4",
+]  # fmt: skip
+MARCHES = ["native", "x86-64-v3"]  # the second has AVX2 and no AVX-512
+
+
+def quantized(text: str, out: int, inputs: int) -> QuantizedTensor:
+    weight, spec = torch.randn(out, inputs), QuantSpec.parse(text)
+    return encode(weight, spec, fit(weight, spec))
+
+
+def off(y: Tensor, x: Tensor, weight: QuantizedTensor) -> float:
+    """The largest error of the outputs, each in units of the sizes of what is added up to it."""
+    dense = middle = weight.dequantize(torch.float64)
+    if weight.zero is not None:  # codes count from the middle of their range, and the zero point is added apart
+        zero = torch.full_like(weight.zero, 2 ** (weight.spec.bits - 1))
+        middle = replace(weight, zero=zero).dequantize(torch.float64)
+    exact, size = x.double() @ dense.T, x.double().abs() @ (middle.abs() + (dense - middle).abs()).T
+    return float(((y.double() - exact).abs() / (size + 1e-30)).max())
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("march", MARCHES)
+@pytest.mark.parametrize("text", FORMATS)
+def test_every_format(text: str, march: str, threads: int) -> None:
+    torch.manual_seed(0)
+    weight = quantized(text, 75, 576)
+    kernel = NativeCpu(weight, march)
+    for rows in (1, 2, 3, 7, 8, 300):
+        x = torch.randn(rows, 576)
+        assert off(kernel(x), x, weight) < 1e-6, rows
+
+
+@given(
+    text=st.sampled_from(FORMATS),
+    march=st.sampled_from(MARCHES),
+    out=st.integers(1, 70),
+    inputs=st.integers(1, 200),
+    rows=st.integers(1, 20),
+    seed=st.integers(0, 9),
+)
+def test_odd_shapes_and_ragged_groups(
+    text: str, march: str, out: int, inputs: int, rows: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight, x = quantized(text, out, inputs), torch.randn(rows, inputs)
+    assert off(NativeCpu(weight, march)(x), x, weight) < 1e-6
+
+
+@pytest.mark.parametrize("march", MARCHES)
+@pytest.mark.parametrize("text", ["int4 g32 asym", "int4 g32", "int8 g32 asym", "int8 g32"])
+def test_the_ends_of_codes_and_zero_points(text: str, march: str) -> None:
+    spec = QuantSpec.parse(text)
+    low, high = spec.code_range
+    ends = torch.tensor([low, high, 0 if low < 0 else (low + high) // 2])
+    codes = ends[torch.arange(40 * 96).view(40, 96) % 3].to(torch.int8 if low < 0 else torch.uint8)
+    scale = torch.tensor([0.0, 1e-7, 60000.0]).half().repeat(40, 1)
+    zero = torch.tensor([low, high, 7]).to(torch.uint8).repeat(40, 1) if spec.zero == "int" else None
+    weight = QuantizedTensor(codes, scale, spec, zero)
+    for x in (torch.zeros(3, 96), torch.full((3, 96), 1e30), torch.randn(3, 96) * 1e-30):
+        y = NativeCpu(weight, march)(x)
+        assert bool(y.isfinite().all()) and off(y, x, weight) < 1e-6
+
+
+def test_what_is_no_number_in_x_reaches_its_own_row_only() -> None:
+    weight, x = quantized("int4 g16", 20, 30), torch.ones(3, 30)
+    x[1, 29] = torch.nan
+    y = prepare(weight, "native_cpu")(x)
+    assert bool(y[1].isnan().all()) and bool(y[[0, 2]].isfinite().all())
+
+
+def test_a_copy_by_pickle_works_like_the_original() -> None:
+    kernel, x = prepare(quantized("int3 g16 asym", 20, 32), "native_cpu"), torch.randn(3, 32)
+    kernel(x)
+    assert torch.equal(pickle.loads(pickle.dumps(kernel))(x), kernel(x))
+
+
+def test_flat_runs_that_fill_rows_and_codebooks_of_one_table() -> None:
+    runs = quantized("nf4 b64", 24, 192)
+    x = torch.randn(4, 192)
+    assert off(prepare(runs, "native_cpu")(x), x, runs) < 1e-6
+    for bits in (2, 3, 4):
+        spec = QuantSpec.parse(f"table{bits} g32")
+        table = torch.randn(2**bits).sort().values
+        codes = torch.randint(2**bits, (24, 192), dtype=torch.uint8)
+        learned = QuantizedTensor(codes, torch.rand(24, 6).half(), spec, table=table)
+        assert off(prepare(learned, "native_cpu")(x), x, learned) < 1e-6
+
+
+def test_act_order_also_with_a_smaller_last_group() -> None:
+    weight = quantized("int4 g32 asym", 20, 80)
+    weight = replace(weight, g_idx=(torch.arange(80).int() // 32)[torch.randperm(80)])
+    x = torch.randn(5, 80)
+    assert off(prepare(weight, "native_cpu")(x), x, weight) < 1e-6
+
+
+def test_the_gradient_is_that_of_the_written_out_weight() -> None:
+    weight, bias = quantized("nf4 g64", 40, 128), torch.randn(40)
+    found, wanted = (torch.randn(2, 3, 128).requires_grad_() for _ in range(2))
+    wanted.data.copy_(found.data)
+    prepare(weight, "native_cpu")(found, bias).square().sum().backward()
+    (wanted @ weight.dequantize().T + bias).square().sum().backward()
+    assert found.grad is not None and wanted.grad is not None
+    assert (found.grad - wanted.grad).norm() < 1e-5 * wanted.grad.norm()
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"), [("int2 g64", 4), ("nf4 g64", 4), ("int4 g64", 4), ("int8 g64", 8)]
+)
+def test_it_holds_the_codes_and_no_more(text: str, bits: int) -> None:
+    kernel = prepare(quantized(text, 64, 512), "native_cpu")
+    assert kernel.nbytes == 64 * 512 * bits // 8 + 64 * 8 * 2 + 16 * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "inputs", "reason"),
+    [
+        ("fp8_e4m3 g64", 64, "above 4 bits the kernel is for integers, found fp8_e4m3"),
+        ("int4 g12", 48, "groups must be a multiple of 8, found 12"),
+        ("nf4 b64", 100, "runs of 64 cross rows of 100"),
+        ("nf4 b64 mean", 64, "the mean that was taken off"),
+    ],
+)
+def test_the_reason_why_not_is_named(text: str, inputs: int, reason: str) -> None:
+    weight = quantized(text, 16, inputs)
+    with pytest.raises(ValueError, match=reason):
+        prepare(weight, "native_cpu")
+    assert prepare(weight).backend == "reference"
+
+
+def test_a_table_for_each_row_and_outliers_are_refused() -> None:
+    spec = QuantSpec.parse("table2 channel")
+    codes = torch.zeros(4, 16, dtype=torch.uint8)
+    each = QuantizedTensor(codes, torch.ones(4, 1), spec, table=torch.randn(4, 4).sort().values)
+    assert "table of its own" in str(backends(each)["native_cpu"])
+    outliers = (torch.tensor([3]), torch.tensor([50.0]))
+    assert "outliers" in str(
+        backends(replace(quantized("int3 g16", 4, 16), outliers=outliers))["native_cpu"]
+    )
+    uneven = replace(quantized("int4 g16", 4, 32), g_idx=torch.zeros(32, dtype=torch.int32))
+    assert "16 columns each" in str(backends(uneven)["native_cpu"])
+
+
+def run(code: str, **environment: str) -> str:
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+PRODUCTS = """
+    import ctypes, sys, torch
+    from labkit.kernels import backends, build, prepare
+    from labkit.kernels.native_cpu import NativeCpu
+    from labkit.quant import QuantSpec, encode, fit
+    def weight(text, out=33, inputs=75):
+        w, spec = torch.randn(out, inputs), QuantSpec.parse(text)
+        return encode(w, spec, fit(w, spec))
+"""
+
+
+@pytest.mark.parametrize("march", MARCHES)
+def test_no_byte_outside_its_buffers_is_touched(march: str, tmp_path: Path) -> None:
+    """AddressSanitizer, with one thread, since it does not know OpenMP's."""
+    compiler = shutil.which("g++")
+    assert compiler
+    checked = tmp_path / "checked.so"
+    command = [
+        compiler,
+        "-O1",
+        "-g",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        "-fsanitize=address",
+        f"-march={march}",
+    ]
+    subprocess.run([*command, str(build.SOURCE), "-o", str(checked)], check=True, capture_output=True)
+    runtime = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
+    code = f"""
+    build.library = lambda march: build.declared(ctypes.CDLL({str(checked)!r}))
+    for text in ("int4 g16 asym", "int8 g32 asym scale=fp32", "nf4 channel", "int3 channel"):
+        for out, inputs in ((1, 1), (33, 75), (16, 64)):
+            for rows in (1, 2, 5, 8, 11):
+                NativeCpu(weight(text, out, inputs), "native")(torch.randn(rows, inputs))
+    print("clean")
+    """  # fmt: skip
+    settings = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    assert run(textwrap.dedent(PRODUCTS) + textwrap.dedent(code), **settings) == "clean\n"
+
+
+def test_without_a_compiler_the_reference_takes_over_and_the_reason_is_said() -> None:
+    code = """
+    w = weight("int3 g16")
+    print(prepare(w).backend, "|", backends(w)["native_cpu"])
+    """
+    missing = run(textwrap.dedent(PRODUCTS) + textwrap.dedent(code), CXX="", PATH="/nonexistent")
+    assert missing.startswith("reference | no C++ compiler; install one")
+    broken = run(textwrap.dedent(PRODUCTS) + textwrap.dedent(code), CXX="/nonexistent/c++ -m64")
+    assert broken.startswith("reference | the C++ compiler /nonexistent/c++ -m64 does not run")
+
+
+def test_a_processor_that_it_is_not_for_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LABKIT_CACHE", str(tmp_path))
+    with pytest.raises(build.Unavailable, match="wants a processor with AVX2 or AVX-512"):
+        build.library.__wrapped__("x86-64-v2")
+    assert list((tmp_path / "kernels").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(build.Unavailable, match="set LABKIT_CACHE"):
+        build.library.__wrapped__()
+
+
+def test_built_once_for_each_source_by_however_many_at_once(tmp_path: Path) -> None:
+    code = textwrap.dedent(PRODUCTS) + "print(build.library().labkit_arithmetic().decode())"
+    environment = os.environ | {"LABKIT_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = {process.communicate()[0] for process in both}
+    assert len(said) == 1 and said <= {"AVX-512\n", "AVX2\n"}
+    [made] = (tmp_path / "kernels").iterdir()
+    before = made.stat().st_mtime_ns
+    assert run(code, LABKIT_CACHE=str(tmp_path)) in said and made.stat().st_mtime_ns == before
+    source = tmp_path / "other.cpp"
+    source.write_text(build.SOURCE.read_text() + "// changed\n")
+    changed = code.replace("print(", f"build.SOURCE = __import__('pathlib').Path({str(source)!r}); print(")
+    run(changed, LABKIT_CACHE=str(tmp_path))
+    assert len(list((tmp_path / "kernels").iterdir())) == 2
