@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from labkit import kernels
 from labkit.models.evaluate import dense, final_stream
 from labkit.models.llama import Llama
 from labkit.models.protocol import evaluation_stream
@@ -82,7 +82,7 @@ def pick(model: Llama, asked: Choices, progress: bool | None = None) -> Tensor:
     weight = dense(model.lm_head)
     scores = torch.stack(
         [
-            F.linear(states, weight).log_softmax(dim=-1).gather(1, ids[:, None]).sum(dtype=torch.float64)
+            kernels.dense(states, weight).log_softmax(dim=-1).gather(1, ids[:, None]).sum(dtype=torch.float64)
             for states, ids in zip(final, tokens[:, -continuation:], strict=True)
         ]
     )  # one sequence at a time: logits of all would be gigabytes

@@ -1,7 +1,7 @@
 """``evaluate``: how far a model's predictions are from its reference's, by the frozen protocol.
 
-Everything here is exact float32: codes are dequantized, once per layer and pass, and multiplied by torch's
-own float32 matmul. The fast kernels round activations to bfloat16, which is a property of the server and
+Everything here is exact float32: codes are dequantized, once per layer and pass, and multiplied as plain
+weights are. The fast kernels round activations to bfloat16, which is a property of the server and
 not of the quantization.
 """
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from labkit import kernels
 from labkit.models.calibrate import bar, shared_copy
 from labkit.models.llama import Linear, Llama
 from labkit.models.protocol import Protocol, protocol_for
@@ -218,8 +219,8 @@ def score(
     weight, known_weight = dense(head), dense(known_head)
     nll = kl = same = 0.0
     for ids, h, r in zip(protocol.tokens, final, known, strict=True):
-        log_q = F.log_softmax(F.linear(h[first:end], weight, head.bias), dim=-1)  # (positions, vocab)
-        log_p = F.log_softmax(F.linear(r[first:end], known_weight, known_head.bias), dim=-1)
+        log_q = F.log_softmax(kernels.dense(h[first:end], weight, head.bias), dim=-1)  # (positions, vocab)
+        log_p = F.log_softmax(kernels.dense(r[first:end], known_weight, known_head.bias), dim=-1)
         nll -= log_q.gather(1, ids[first + 1 : end + 1, None]).double().sum().item()
         kl += (log_p.exp() * (log_p - log_q)).sum(dim=-1).double().sum().item()
         same += (log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum().item()
