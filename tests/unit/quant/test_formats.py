@@ -185,9 +185,13 @@ def test_a_mean_is_taken_off_and_put_back() -> None:
     x = torch.tensor([[10.0, 12.0, 8.0, 10.0, 14.0, 6.0]])
     params = fit(x, spec)
     assert params.zero.tolist() == [10.0] and params.scale.tolist() == [2.0, 4.0]
-    codes = grid(spec).quantize(x, torch.tensor([[2.0, 2, 2, 2, 4, 4]]), params.zero)
-    table = values_of("dynamic8")
+    scale, table = torch.tensor([[2.0, 2, 2, 2, 4, 4]]), values_of("dynamic8")
+    codes = grid(spec).quantize(x, scale, params.zero)
     assert table[codes.int()].tolist() == [[0.0, 1.0, table[0].item(), 0.0, 1.0, table[0].item()]]
+    lowest = table[0].item()  # not quite -1
+    back = torch.tensor([[10.0, 12.0, 10 + 2 * lowest, 10.0, 14.0, 10 + 4 * lowest]])
+    torch.testing.assert_close(grid(spec).dequantize(codes, scale, params.zero), back)
+    torch.testing.assert_close(grid(spec).round(x, scale, params.zero), back)
 
 
 def test_nf4_takes_the_nearest_quantile() -> None:

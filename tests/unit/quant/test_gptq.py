@@ -287,7 +287,7 @@ def test_recovers_when_no_damping_was_asked_for():
     weight, inputs = correlated(8, 16, seed=7, samples=4)  # rank 4 of 16
     stats = Stats.of(inputs)
     stats.hessian[0, 0] -= 1e-9 * stats.hessian[0, 0]
-    with pytest.warns(GPTQWarning):
+    with pytest.warns(GPTQWarning, match="damp=0; went on with damp=1e-06"):
         found = gptq(weight, QuantSpec.parse("int4 channel"), stats, damp=0)
     assert found.dequantize().isfinite().all()
 
