@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch  # noqa: F401  its OpenMP library must be loaded first: two pools of threads get in each other's way
 
-from labkit.settings import settings
-
 SOURCE = Path(__file__).with_name("native_cpu.cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno")
 OPENMP = "-fopenmp"
@@ -34,6 +32,8 @@ def library(march: str = "native") -> ctypes.CDLL:
     two that compile at once do the same work twice. The compiler is that of the environment variable CXX, or
     c++, g++ or clang++. Raises Unavailable.
     """
+    from labkit.settings import settings  # needs platformdirs, which the arithmetic itself does not
+
     compiler = _compiler()
     key = hashlib.sha256(
         "\n".join((SOURCE.read_text(), _version(compiler), *FLAGS, march, _processor())).encode()
