@@ -1,4 +1,4 @@
-"""Compile ``native_cpu.cpp`` where it is first needed, for the processor that is there, and keep what came out."""
+"""Compile ``native/library.cpp`` where it is first needed, for the processor that is there, and keep what came out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch  # noqa: F401  its OpenMP library must be loaded first: two pools of threads get in each other's way
 
-SOURCE = Path(__file__).with_name("native_cpu.cpp")
+FOLDER = Path(__file__).with_name("native")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno")
 OPENMP = "-fopenmp"
 
@@ -27,7 +27,7 @@ class Unavailable(RuntimeError):
 def library(march: str = "native") -> ctypes.CDLL:
     """The library for a processor in the compiler's own words, compiled (in seconds) unless the cache has it.
 
-    The file's name is a hash of source, compiler, flags and what the processor can do, so that a cache that
+    The file's name is a hash of sources, compiler, flags and what the processor can do, so that a cache that
     several machines share never gives one of them another's. Whoever is first leaves it whole under its name;
     two that compile at once do the same work twice. The compiler is that of the environment variable CXX, or
     c++, g++ or clang++. Raises Unavailable.
@@ -35,10 +35,10 @@ def library(march: str = "native") -> ctypes.CDLL:
     from labkit.settings import settings  # needs platformdirs, which the arithmetic itself does not
 
     compiler = _compiler()
-    key = hashlib.sha256(
-        "\n".join((SOURCE.read_text(), _version(compiler), *FLAGS, march, _processor())).encode()
-    ).hexdigest()
-    target = settings().cache / "kernels" / f"native_cpu-{key[:16]}.so"
+    sources = [path.read_text() for path in sorted(FOLDER.iterdir())]
+    parts = (*sources, _version(compiler), *FLAGS, march, _processor())
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    target = settings().cache / "kernels" / f"native-{key[:16]}.so"
     if not target.exists():
         _compile(compiler, march, target)
     try:
@@ -48,11 +48,22 @@ def library(march: str = "native") -> ctypes.CDLL:
     return declared(made)
 
 
+class Weight(ctypes.Structure):
+    """``Linear`` of native/product.h: addresses of tensors that somebody else keeps alive, or None."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("bits", "half")),
+        *((name, ctypes.c_void_p) for name in ("codes", "table", "scale", "offset", "bias", "order")),
+        *((name, ctypes.c_int64) for name in ("out", "columns", "inputs", "width")),
+    ]
+
+
 def declared(made: ctypes.CDLL) -> ctypes.CDLL:
     """The library with its functions' argument types."""
-    pointer, whole, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
-    made.labkit_linear.argtypes = [whole, *[pointer] * 4, whole, *[pointer] * 2, *[long] * 4, whole]
-    made.labkit_linear.restype = None
+    pointer, long = ctypes.c_void_p, ctypes.c_long
+    made.labkit_linear.argtypes = [pointer, pointer, pointer, long, ctypes.c_int]
+    made.labkit_step.argtypes = [*[pointer] * 6, long, ctypes.c_int]
+    made.labkit_linear.restype = made.labkit_step.restype = None
     made.labkit_arithmetic.restype = ctypes.c_char_p
     return made
 
@@ -93,7 +104,15 @@ def _compile(compiler: list[str], march: str, target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
             for threads in ([OPENMP], []):  # Apple's compiler has no OpenMP: one thread then
-                command = [*compiler, *FLAGS, *threads, f"-march={march}", str(SOURCE), "-o", str(made)]
+                command = [
+                    *compiler,
+                    *FLAGS,
+                    *threads,
+                    f"-march={march}",
+                    str(FOLDER / "library.cpp"),
+                    "-o",
+                    str(made),
+                ]
                 ran = subprocess.run(command, capture_output=True, text=True)
                 if ran.returncode == 0:
                     os.replace(made, target)

@@ -6,6 +6,8 @@ are multiplied as they are. The output differs from the reference by the roundin
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +21,7 @@ CHUNK = 8  # inputs that are loaded together
 
 
 class NativeCpu:
-    """A weight in panels of 16 output features; ``native_cpu.cpp`` says how they are laid out.
+    """A weight in panels of 16 output features; ``native/product.h`` says how they are laid out.
 
     Takes every format of up to 4 bits whose table is one for all rows, and integers of up to 8, on groups of
     columns that are a multiple of 8 wide (the last may be shorter), one row or several. Act-order is undone by
@@ -60,7 +62,7 @@ class NativeCpu:
         spec, (out, columns) = weight.spec, weight.shape
         width = _width(weight) or columns
         self._width = -(-min(width, columns) // CHUNK) * CHUNK
-        self._order = None if weight.g_idx is None else torch.argsort(weight.g_idx, stable=True)
+        self._order = None if weight.g_idx is None else torch.argsort(weight.g_idx, stable=True).int()
         codes = weight.codes if self._order is None else weight.codes[:, self._order]
         self._bits = 4 if spec.bits <= 4 else 8
         low, high = spec.code_range
@@ -107,23 +109,27 @@ class NativeCpu:
         parts = (self._codes, self._scale, self._offset, self._order, self._table)
         return sum(part.nbytes for part in parts if part is not None)
 
+    def native(self, bias: Tensor | None = None) -> build.Weight:
+        """The weight as the library takes it, for as long as this object and ``bias`` (float32) live."""
+        parts = (self._codes, self._table, self._scale, self._offset, bias, self._order)
+        return build.Weight(
+            self._bits,
+            self._half,
+            *(None if part is None else part.data_ptr() for part in parts),
+            *(*self.shape, self._columns, self._width),
+        )
+
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         check_input(x, self.shape)
         y = _Product.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self._product(x)
         return y if bias is None else y + bias.to(y.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.shape[1])
-        if self._order is not None:
-            rows = rows[:, self._order]
-        rows = F.pad(rows.float(), (0, self._columns - self.shape[1])).contiguous()
+        rows = x.reshape(-1, self.shape[1]).float().contiguous()
         y = torch.empty(len(rows), self.shape[0])
-        parts = (self._codes, self._table, self._scale, self._offset)
         build.library(self._march).labkit_linear(
-            self._bits, *(None if part is None else part.data_ptr() for part in parts), self._half,
-            rows.data_ptr(), y.data_ptr(), len(rows), self.shape[0], self._columns, self._width,
-            torch.get_num_threads(),
-        )  # fmt: skip
+            ctypes.byref(self.native()), rows.data_ptr(), y.data_ptr(), len(rows), torch.get_num_threads()
+        )
         return y.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
 
 

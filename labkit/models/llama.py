@@ -125,12 +125,17 @@ class Linear(nn.Module):
         return int(self.weight.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if isinstance(weight, Tensor):
-            return kernels.dense(x, weight, self.bias)
+        if isinstance(self.weight, Tensor):
+            return kernels.dense(x, self.weight, self.bias)
+        return self.prepared(x, self.bias)
+
+    @property
+    def prepared(self) -> kernels.Prepared:
+        """The quantized weight as a kernel wants it, made when first asked for."""
         if self._prepared is None:
-            self._prepared = kernels.prepare(weight)
-        return self._prepared(x, self.bias)
+            assert isinstance(self.weight, QuantizedTensor), "plain weights are multiplied as they are"
+            self._prepared = kernels.prepare(self.weight)
+        return self._prepared
 
     def extra_repr(self) -> str:
         kind = "" if isinstance(self.weight, Tensor) else f", {self.weight.spec}"

@@ -18,6 +18,7 @@ from labkit.models.llama import Llama
 from labkit.serving.kv_cache import KVCache
 from labkit.serving.sampling import SamplingParams, choose, log_probabilities
 from labkit.serving.scheduler import Request, Scheduler
+from labkit.serving.step import Step
 from labkit.serving.stream import (
     Channel,
     Completion,
@@ -45,6 +46,7 @@ class Engine:
 
     max_batch  requests that run at once; more wait in a queue
     max_len    tokens that prompt and answer may have together; the model's own limit where that is smaller
+    native     take a step by our own kernel where it can (``Step.why_not``); False: by the model's own pass
 
     Every method may be called from any thread. Use it in a ``with`` block, or call ``close``::
 
@@ -54,11 +56,14 @@ class Engine:
                 print(token.text, end="")
     """
 
-    def __init__(self, model: Llama, *, max_batch: int = 8, max_len: int = 2048) -> None:
+    def __init__(
+        self, model: Llama, *, max_batch: int = 8, max_len: int = 2048, native: bool = True
+    ) -> None:
         self.model = model
         self.max_batch, self.max_len = max_batch, min(max_len, model.config.max_positions)
         self._scheduler = Scheduler(max_batch)
         self._cache = KVCache(model.config, max_batch=max_batch, max_len=self.max_len)
+        self._native = Step(model, self._cache) if native and Step.why_not(model) is None else None
         self._ids = itertools.count()
         # New requests, and None to wake the thread. A SimpleQueue may be written to from a finalizer.
         self._inbox: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
@@ -205,8 +210,12 @@ class Engine:
         """One more token for every running request."""
         batch = self._cache.batch([request.id for request in requests], 1)
         answers = [self._answers[id] for id in batch.ids]
-        logits = self.model(torch.tensor([[answer.last] for answer in answers]), batch)  # (B, 1, vocab)
-        return list(zip(answers, logits[:, 0], strict=True))
+        tokens = torch.tensor([answer.last for answer in answers])
+        if self._native is not None and not self._native.hooked:
+            logits = self._native(tokens, batch)  # (B, vocab)
+        else:
+            logits = self.model(tokens[:, None], batch)[:, 0]
+        return list(zip(answers, logits, strict=True))
 
     def _end(self, answer: Answer, why: FinishReason | BaseException) -> None:
         """Free all that a request holds and tell its caller."""

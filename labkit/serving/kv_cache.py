@@ -8,6 +8,7 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -90,21 +91,26 @@ class Batch:
     """One forward pass over some requests; the ``Cache`` that the model asks for.
 
     ids        the requests, in the order of the pass's rows
-    positions  (B, T) of the new tokens
+    slots      (B,) int64: the cache's row of each
+    positions  (B, T) int64, of the new tokens
     """
 
     def __init__(self, cache: KVCache, first: int, ids: list[int], starts: list[int], tokens: int) -> None:
         self.ids = ids
         self.positions = torch.tensor(starts)[:, None] + torch.arange(tokens)  # (B, T)
+        self.slots = torch.arange(first, first + len(ids))  # (B,)
         rows, seen = slice(first, first + len(ids)), max(starts) + tokens
         self._keys = cache.keys[:, rows, :, :seen]  # (layers, B, kv_heads, S, head_dim), a view
         self._values = cache.values[:, rows, :, :seen]
         # All rows at the same place: a slice, which is cheaper than indices.
         self._new = slice(starts[0], seen) if len(set(starts)) == 1 else None
         self._rows = torch.arange(len(ids))[:, None]  # (B, 1)
-        windows = cache.config.windows
-        masks = {window: self._mask(window, seen) for window in set(windows)}
-        self._masks = [masks[window] for window in windows]
+        self._windows, self._seen = cache.config.windows, seen
+
+    @cached_property
+    def _masks(self) -> list[Tensor | None]:
+        masks = {window: self._mask(window, self._seen) for window in set(self._windows)}
+        return [masks[window] for window in self._windows]
 
     def _mask(self, window: int | None, seen: int) -> Tensor | None:
         """bool (B, 1, T, S). A row sees its own past; what lies behind it belongs to nobody."""

@@ -219,16 +219,27 @@ def test_no_byte_outside_its_buffers_is_touched(march: str, tmp_path: Path) -> N
         "-fsanitize=address",
         f"-march={march}",
     ]
-    subprocess.run([*command, str(build.SOURCE), "-o", str(checked)], check=True, capture_output=True)
+    subprocess.run([*command, str(build.FOLDER / "library.cpp"), "-o", str(checked)], check=True, capture_output=True)
     runtime = subprocess.run(
         [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
     ).stdout.strip()
     code = f"""
-    build.library = lambda march: build.declared(ctypes.CDLL({str(checked)!r}))
+    build.library = lambda march="native": build.declared(ctypes.CDLL({str(checked)!r}))
     for text in ("int4 g16 asym", "int8 g32 asym scale=fp32", "nf4 channel", "int3 channel"):
         for out, inputs in ((1, 1), (33, 75), (16, 64)):
             for rows in (1, 2, 5, 8, 11):
                 NativeCpu(weight(text, out, inputs), "native")(torch.randn(rows, inputs))
+    from labkit import models
+    from labkit.serving.kv_cache import KVCache
+    from labkit.serving.step import Step
+    for recipe in (None, "w3a16-gptq-g64-actorder"):
+        model = models.load("tiny") if recipe is None else models.quantize(models.load("tiny"), recipe)
+        cache = KVCache(model.config, max_batch=2, max_len=8)
+        step = Step(model, cache)
+        for sequence in (0, 1):
+            cache.add(sequence)
+        for at in range(8):
+            step(torch.tensor([at, at]), cache.batch([0, 1], 1))
     print("clean")
     """  # fmt: skip
     settings = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
@@ -270,8 +281,8 @@ def test_built_once_for_each_source_by_however_many_at_once(tmp_path: Path) -> N
     [made] = (tmp_path / "kernels").iterdir()
     before = made.stat().st_mtime_ns
     assert run(code, LABKIT_CACHE=str(tmp_path)) in said and made.stat().st_mtime_ns == before
-    source = tmp_path / "other.cpp"
-    source.write_text(build.SOURCE.read_text() + "// changed\n")
-    changed = code.replace("print(", f"build.SOURCE = __import__('pathlib').Path({str(source)!r}); print(")
+    sources = shutil.copytree(build.FOLDER, tmp_path / "native")
+    (sources / "step.h").write_text((sources / "step.h").read_text() + "// changed\n")
+    changed = code.replace("print(", f"build.FOLDER = __import__('pathlib').Path({str(sources)!r}); print(")
     run(changed, LABKIT_CACHE=str(tmp_path))
     assert len(list((tmp_path / "kernels").iterdir())) == 2

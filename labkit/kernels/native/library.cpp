@@ -1,0 +1,28 @@
+// What Python calls, by ctypes: build.py compiles this file, native_cpu.py and step.py pass it pointers.
+
+#include "product.h"
+#include "step.h"
+
+extern "C" {
+
+const char* labkit_arithmetic() { return ARITHMETIC; }
+
+// y (rows, out) = x (rows, columns) times the weight.
+void labkit_linear(const Linear* weight, const float* x, float* y, long rows, int threads) {
+    const Linear& w = *weight;
+    const Input input(w, x, rows);
+    const long panels = w.panels(), parts = std::min<long>(threads, panels);
+#pragma omp parallel for schedule(static) num_threads(parts) if (parts > 1)
+    for (long part = 0; part < parts; part++)
+        products(w, panels * part / parts, panels * (part + 1) / parts, input, [&](long n, long first, int count, const float* found) {
+            for (int m = 0; m < count; m++)
+                std::memcpy(y + (first + m) * w.out + n * LANES, found + m * LANES, w.stored(n) * sizeof(float));
+        });
+}
+
+// One new token for each of `rows` sequences: see step.h.
+void labkit_step(const Model* model, const Cache* cache, const int64_t* slots, const int64_t* positions, float* x, float* logits,
+                 long rows, int threads) {
+    step(*model, *cache, slots, positions, x, logits, rows, threads);
+}
+}

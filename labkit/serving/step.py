@@ -1,0 +1,138 @@
+"""One new token for every running sequence, by one call that leaves Python once: ``native/step.h``."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+
+from labkit.kernels import backends, build
+from labkit.kernels.native_cpu import NativeCpu
+from labkit.models.llama import MLP, Block, Linear, Llama, RMSNorm
+from labkit.serving.kv_cache import Batch, KVCache
+
+_POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+        *((name, build.Weight) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("window", _LONG),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, _LONG) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate")),
+        ("eps", ctypes.c_float),
+        *((name, _POINTER) for name in ("inverse_frequencies", "norm", "layer")),
+        ("head", build.Weight),
+    ]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [("keys", _POINTER), ("values", _POINTER), ("slots", _LONG), ("length", _LONG)]
+
+
+class Step:
+    """A model and its cache, ready for steps. The same numbers as the model's own pass but for float32 rounding.
+
+    Takes float32 weights, and quantized ones that ``kernels.prepare`` gives to our own kernel. The weights of ``model``
+    must stay as they are.
+    """
+
+    @staticmethod
+    def why_not(model: Llama) -> str | None:
+        """What keeps this model from being stepped so, or None where nothing does."""
+        if type(model) is not Llama:
+            return f"{type(model).__name__} may have a pass of its own"
+        for name, module in model.named_modules():
+            if isinstance(module, Linear):
+                reason = _why_not(module)
+                if reason is not None:
+                    return f"{name}: {reason}"
+        online = [
+            model.model.enter,
+            model.model.leave,
+            *(m.mix for m in model.modules() if isinstance(m, MLP)),
+        ]
+        if any(not isinstance(module, nn.Identity) for module in online):
+            return "it has online transforms"
+        if model.model.embed_tokens.weight.dtype != torch.float32:
+            return f"it knows float32, found an embedding of {model.model.embed_tokens.weight.dtype}"
+        return build.why_not()
+
+    def __init__(self, model: Llama, cache: KVCache) -> None:
+        config = model.config
+        self._library = build.library()
+        self._embedding = model.model.embed_tokens.weight.detach()
+        self._modules = list(model.modules())
+        self._kept: list[object] = [model, cache]  # whose memory the structures below point into
+        layers = (_Layer * config.layers)(*(self._layer(model, i) for i in range(config.layers)))
+        self._kept.append(layers)
+        self._model = _Model(
+            config.layers, config.hidden_size, config.heads, config.kv_heads, config.head_dim, config.intermediate_size,
+            config.norm_eps, self._address(model.inverse_frequencies), self._address(model.model.norm.weight),
+            ctypes.addressof(layers), self._weight(model.lm_head),
+        )  # fmt: skip
+        self._cache = _Cache(
+            cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[1], cache.keys.shape[3]
+        )
+        self._vocab = model.lm_head.out_features
+
+    def __call__(self, tokens: Tensor, batch: Batch) -> Tensor:
+        """Logits (B, vocab) float32 about what follows each of ``tokens`` (B,), one of each request of the batch."""
+        x = self._embedding[tokens]  # (B, hidden)
+        logits = torch.empty(len(tokens), self._vocab)
+        positions = batch.positions[:, 0].contiguous()
+        self._library.labkit_step(
+            ctypes.byref(self._model), ctypes.byref(self._cache), batch.slots.data_ptr(), positions.data_ptr(),
+            x.data_ptr(), logits.data_ptr(), len(tokens), torch.get_num_threads(),
+        )  # fmt: skip
+        return logits
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a hook waits on one of the model's modules. A step passes them by; the model's own pass calls it."""
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
+
+    def _layer(self, model: Llama, index: int) -> _Layer:
+        block = model.blocks[index]
+        assert isinstance(block, Block)
+        attention, mlp = block.self_attn, block.mlp
+        norms = [block.input_layernorm, block.post_attention_layernorm, attention.q_norm, attention.k_norm]
+        linears = [
+            attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+            mlp.gate_proj, mlp.up_proj, mlp.down_proj,
+        ]  # fmt: skip
+        return _Layer(
+            *(self._address(norm.weight) if isinstance(norm, RMSNorm) else None for norm in norms),
+            *(self._weight(linear) for linear in linears),
+            model.config.windows[index] or 0,
+        )
+
+    def _address(self, tensor: Tensor) -> int:
+        kept = tensor.detach().float().contiguous()
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+    def _weight(self, linear: Linear) -> build.Weight:
+        bias = None if linear.bias is None else self._address(linear.bias)
+        if isinstance(linear.weight, Tensor):
+            shape = (*linear.weight.shape, linear.in_features, linear.in_features)
+            return build.Weight(32, 0, self._address(linear.weight), None, None, None, bias, None, *shape)
+        assert isinstance(linear.prepared, NativeCpu)
+        self._kept.append(linear.prepared)
+        found = linear.prepared.native()
+        found.bias = bias
+        return found
+
+
+def _why_not(linear: Linear) -> str | None:
+    weight = linear.weight
+    if isinstance(weight, Tensor):
+        return None if weight.dtype == torch.float32 else f"it knows float32, found {weight.dtype}"
+    taken = next(name for name, reason in backends(weight).items() if reason is None)
+    return None if taken == NativeCpu.backend else f"its {weight.spec} weight is multiplied by {taken}"

@@ -1,0 +1,143 @@
+"""A step by our own kernel against the model's own pass: every part of a Llama, ragged batches, windows, hooks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from labkit import models
+from labkit.models.config import ModelConfig
+from labkit.models.llama import Llama
+from labkit.quant import QuantSpec, encode, fit
+from labkit.serving import Engine, SamplingParams
+from labkit.serving.kv_cache import KVCache
+from labkit.serving.step import Step
+
+PLAIN = ModelConfig(
+    "llama", vocab_size=97, hidden_size=48, intermediate_size=80, layers=3, heads=6, kv_heads=2, head_dim=10,
+    max_positions=64, tie_embeddings=True,
+)  # fmt: skip
+CONFIGS = {
+    "plain": PLAIN,
+    "every bias": replace(PLAIN, qkv_bias=True, o_bias=True, mlp_bias=True),
+    "normed queries and keys": replace(PLAIN, qk_norm=True),
+    "windows": replace(PLAIN, windows=(4, None, 1)),
+    "as many KV heads as heads": replace(PLAIN, kv_heads=6),
+    "an untied head": replace(PLAIN, tie_embeddings=False),
+}
+SPECS = [None, "int8 channel", "int8 g16 asym", "int3 g8 asym", "nf4 g16"]
+
+
+def random_llama(config: ModelConfig, spec: str | None = None) -> Llama:
+    generator = torch.Generator().manual_seed(1)
+    llama = Llama(config, name="random")
+    for name, tensor in llama.state_dict().items():
+        values = torch.randn(tensor.shape, generator=generator)
+        tensor.copy_(1 + 0.1 * values if "norm" in name else 0.3 * values)
+    for name, linear in llama.linears().items():
+        if spec is not None and name != "lm_head":
+            weight, grid = linear.weight.detach(), QuantSpec.parse(spec)
+            linear.weight = encode(weight, grid, fit(weight, grid))
+    return llama
+
+
+def filled(llama: Llama, lengths: list[int]) -> KVCache:
+    """A cache in which sequence i has read the first ``lengths[i]`` tokens of its own random text."""
+    cache = KVCache(llama.config, max_batch=len(lengths) + 1, max_len=40)
+    for i, length in enumerate(lengths):
+        cache.add(i)
+        llama(texts(llama, len(lengths))[i : i + 1, :length], cache.batch([i], length))
+    return cache
+
+
+def texts(llama: Llama, count: int) -> Tensor:
+    return torch.randint(llama.config.vocab_size, (count, 40), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("config", CONFIGS)
+@torch.inference_mode()
+def test_equals_the_models_own_pass(config: str, spec: str | None, threads: int) -> None:
+    llama = random_llama(CONFIGS[config], spec)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for lengths in ([1], [5, 5], [3, 17, 1, 9, 2, 30, 4, 8, 11]):
+            ids, text = list(range(len(lengths))), texts(llama, len(lengths))
+            plain, native = filled(llama, lengths), filled(llama, lengths)
+            step = Step(llama, native)
+            for more in range(3):
+                new = torch.stack([text[i, length + more] for i, length in enumerate(lengths)])
+                wanted = llama(new[:, None], plain.batch(ids, 1))[:, 0]
+                found = step(new, native.batch(ids, 1))
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+            for ours, theirs in ((native.keys, plain.keys), (native.values, plain.values)):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def test_scores_beyond_what_an_exponential_can_hold() -> None:
+    llama = random_llama(PLAIN)
+    for block in llama.blocks:
+        block.self_attn.q_proj.weight *= 100
+    plain, native = filled(llama, [9, 4]), filled(llama, [9, 4])
+    new = torch.tensor([7, 8])
+    wanted = llama(new[:, None], plain.batch([0, 1], 1))[:, 0]
+    torch.testing.assert_close(Step(llama, native)(new, native.batch([0, 1], 1)), wanted, rtol=1e-3, atol=1e-2)
+
+
+@torch.inference_mode()
+def test_one_row_of_many_is_stepped_alone() -> None:
+    llama = random_llama(PLAIN)
+    plain, native = filled(llama, [4, 6, 5]), filled(llama, [4, 6, 5])
+    new = torch.tensor([7])
+    wanted = llama(new[:, None], plain.batch([1], 1))[:, 0]
+    torch.testing.assert_close(Step(llama, native)(new, native.batch([1], 1)), wanted, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(native.keys, plain.keys, rtol=1e-4, atol=1e-4)
+
+
+def test_act_order_and_a_whole_recipe() -> None:
+    tiny = models.quantize(models.load("tiny"), "w3a16-gptq-g64-actorder")
+    assert Step.why_not(tiny) is None
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    with Engine(tiny) as engine, Engine(tiny, native=False) as plain:
+        prompts = ["Call me", "The whale", "It was"]
+        assert [c.text for c in engine.generate(prompts, params)] == [
+            c.text for c in plain.generate(prompts, params)
+        ]
+
+
+def test_what_it_does_not_take_is_named() -> None:
+    assert Step.why_not(random_llama(PLAIN)) is None
+    turned = models.quantize(models.load("tiny"), "w4a16-rotate-rtn-g64")
+    assert "int4" in str(Step.why_not(turned)) or "online" in str(Step.why_not(turned))
+    with_mix = random_llama(PLAIN)
+    with_mix.blocks[1].mlp.mix = nn.Tanh()
+    assert Step.why_not(with_mix) == "it has online transforms"
+    fp8 = random_llama(PLAIN, "fp8_e4m3 g16")
+    assert str(Step.why_not(fp8)).startswith("model.layers.0.self_attn.q_proj: its fp8_e4m3")
+
+    class Other(Llama):
+        pass
+
+    assert Step.why_not(Other(PLAIN)) == "Other may have a pass of its own"
+    assert "float64" in str(Step.why_not(random_llama(PLAIN).double()))
+
+
+def test_a_hook_is_called_as_ever() -> None:
+    llama, seen = models.load("tiny"), []
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    with Engine(llama) as engine:
+        engine.generate(["Call me"], params)
+        hook = llama.blocks[0].register_forward_hook(lambda *_: seen.append(None))
+        engine.generate(["Call me"], params)
+        hook.remove()
+        assert len(seen) == 4  # the prompt and three steps
+        engine.generate(["Call me"], params)
+        assert len(seen) == 4
