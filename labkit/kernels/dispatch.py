@@ -31,8 +31,8 @@ class Prepared(Protocol):
 
 # In order of preference; the reference takes everything and stands last.
 BACKENDS: dict[str, type[Int4Cpu] | type[NativeCpu] | type[Reference]] = {
-    "int4_cpu": Int4Cpu,
     "native_cpu": NativeCpu,
+    "int4_cpu": Int4Cpu,
     "reference": Reference,
 }
 

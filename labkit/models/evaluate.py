@@ -1,8 +1,8 @@
 """``evaluate``: how far a model's predictions are from its reference's, by the frozen protocol.
 
 Everything here is exact float32: codes are dequantized, once per layer and pass, and multiplied as plain
-weights are. The fast kernels round activations to bfloat16, which is a property of the server and
-not of the quantization.
+weights are. Some kernels round activations too, which is a property of the server and not of the
+quantization.
 """
 
 from __future__ import annotations
