@@ -186,7 +186,7 @@ def gpu(facts: Facts) -> Verdict:
 
 def kernels(facts: Facts) -> Verdict:
     if facts.kernel is None:
-        remedy = "without it weights other than int4 are written out, in 4 to 8 times the memory, and tokens come slower"
+        remedy = "without it weights other than int4 are written out, in 4 to 8 times the memory; tokens come slower"
         return Verdict("kernels", "note", facts.kernel_error or "not built", remedy)
     return Verdict("kernels", "ok", f"built for {facts.kernel}")
 
