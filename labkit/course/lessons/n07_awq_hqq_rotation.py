@@ -433,8 +433,8 @@ def pareto(measured: Mapping[str, Any], live: Sequence[Report] = ()) -> go.Figur
         "bits per weight, scales and codebooks counted (bit)",
         "KL to the original (nats per token)",
         log_y=True,
-        height=480,
-        width=800,
+        height=440,
+        width=740,
     )
     for i, (name, members) in enumerate(families.items()):
         made.add_scatter(
