@@ -298,8 +298,8 @@ def toy(p: Sequence[float], q: Sequence[float], words: Sequence[str]) -> go.Figu
     return made.update_yaxes(range=[0, 0.6])
 
 
-def ladder(measured: Mapping[str, Any]) -> go.Figure:
-    """Perplexity against KL for every recipe and seed of ``data/measurements/ptq_ladder.json``."""
+def ladder(measured: Mapping[str, Any], recipes: Sequence[str]) -> go.Figure:
+    """Perplexity against KL for these recipes and every seed of ``data/measurements/ladder.json``."""
     seeds = len(measured["seeds"])
     made = plot.figure(
         f"KL and perplexity: one order, other distances ({seeds} seed{'s' if seeds > 1 else ''}, full protocol)",
@@ -309,11 +309,6 @@ def ladder(measured: Mapping[str, Any]) -> go.Figure:
         log_y=True,
         height=440,
     )
-    recipes = [
-        n
-        for n in dict.fromkeys(row["recipe"] for row in measured["rows"])
-        if n != "none" and "propagate" not in n
-    ]
     for i, name in enumerate(recipes):
         rows = [row for row in measured["rows"] if row["recipe"] == name]
         made.add_scatter(
