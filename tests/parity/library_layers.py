@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,9 @@ def digest(method: str, spec: str, options: Mapping[str, Any]) -> str:
     sums = method in ("gptq", "hqq") or options.get("observer", "minmax") != "minmax"
     for layer in layers(method, grid):
         if method == "awq_scale":
-            found.update(f"{awq(layer, grid)[1]} ".encode())
+            # Symmetric with all codes, the largest weight of each group is a tie, and the last bit decides.
+            clear = replace(grid, narrow=grid.zero == "none")
+            found.update(f"{awq(layer, clear)[1]} ".encode())
             continue
         q = quantize(method, grid, options, layer, torch.float64 if sums else torch.float32)
         scale, zero = q.params.dense()
