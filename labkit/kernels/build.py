@@ -8,15 +8,15 @@ import os
 import shlex
 import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch  # noqa: F401  its OpenMP library must be loaded first: two pools of threads get in each other's way
 
+from labkit.files import whole_file
+
 FOLDER = Path(__file__).with_name("native")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno")
-OPENMP = "-fopenmp"
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno")
 
 
 class Unavailable(RuntimeError):
@@ -100,27 +100,14 @@ def _version(compiler: list[str]) -> str:
 
 def _compile(compiler: list[str], march: str, target: Path) -> None:
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            for threads in ([OPENMP], []):  # Apple's compiler has no OpenMP: one thread then
-                command = [
-                    *compiler,
-                    *FLAGS,
-                    *threads,
-                    f"-march={march}",
-                    str(FOLDER / "library.cpp"),
-                    "-o",
-                    str(made),
-                ]
-                ran = subprocess.run(command, capture_output=True, text=True)
-                if ran.returncode == 0:
-                    os.replace(made, target)
-                    return
+        with whole_file(target) as part:
+            command = [*compiler, *FLAGS, f"-march={march}", str(FOLDER / "library.cpp"), "-o", str(part)]
+            ran = subprocess.run(command, capture_output=True, text=True)
+            if ran.returncode != 0:
+                said = [line for line in ran.stderr.splitlines() if "error" in line] or ["it said no error"]
+                raise Unavailable(f"`{shlex.join(command)}` failed: {said[0].strip()}")
     except OSError as error:
         raise Unavailable(f"{target.parent} cannot be written: {error}; set LABKIT_CACHE") from error
-    said = [line for line in ran.stderr.splitlines() if "error" in line] or ["it said no error"]
-    raise Unavailable(f"`{shlex.join(command)}` failed: {said[0].strip()}")
 
 
 def _processor() -> str:

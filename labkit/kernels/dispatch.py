@@ -42,6 +42,11 @@ def backends(weight: QuantizedTensor) -> dict[str, str | None]:
     return {name: kind.why_not(weight) for name, kind in BACKENDS.items()}
 
 
+def best(weight: QuantizedTensor) -> str:
+    """The name of the backend that takes ``weight`` where none is named: the first that can."""
+    return next(name for name, kind in BACKENDS.items() if kind.why_not(weight) is None)
+
+
 def prepare(weight: QuantizedTensor, backend: str = "auto") -> Prepared:
     """``weight`` (out_features, in_features) laid out once for many products.
 
@@ -53,7 +58,7 @@ def prepare(weight: QuantizedTensor, backend: str = "auto") -> Prepared:
             f"expected a weight (out_features, in_features), found shape {tuple(weight.shape)}"
         )
     if backend == "auto":
-        backend = next(name for name, reason in backends(weight).items() if reason is None)
+        backend = best(weight)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, found {backend!r}")
     reason = BACKENDS[backend].why_not(weight)

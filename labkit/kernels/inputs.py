@@ -1,8 +1,10 @@
-"""What every kernel asks of its input."""
+"""What kernels ask of their input, and of the weight."""
 
 from __future__ import annotations
 
 from torch import Size, Tensor
+
+from labkit.quant import QuantizedTensor
 
 
 def check_input(x: Tensor, shape: Size) -> None:
@@ -12,3 +14,21 @@ def check_input(x: Tensor, shape: Size) -> None:
             f"expected floating-point x with {shape[1]} input features last, "
             f"found {x.dtype} of shape {tuple(x.shape)}"
         )
+
+
+def not_on_a_cpu(weight: QuantizedTensor) -> str | None:
+    """What keeps any kernel for the CPU from taking ``weight``: it must be a matrix, there, of codes alone."""
+    if weight.codes.dim() != 2 or weight.codes.numel() == 0:
+        return f"the kernel wants a matrix that is not empty, found shape {tuple(weight.shape)}"
+    if weight.codes.device.type != "cpu":
+        return f"the kernel is for the CPU, found codes on {weight.codes.device}"
+    return None if weight.outliers is None else "it does not know outliers"
+
+
+def uneven_act_order(weight: QuantizedTensor, width: int) -> str | None:
+    """Why act-order cannot be undone by reordering columns: some group but the last has not ``width`` of them."""
+    if weight.g_idx is None:
+        return None
+    sizes = weight.g_idx.bincount()
+    even = bool((sizes[:-1] == width).all()) and int(sizes[-1]) <= width
+    return None if even else f"act-order groups must hold {width} columns each"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from labkit.kernels.inputs import check_input
+from labkit.kernels.inputs import check_input, not_on_a_cpu, uneven_act_order
 from labkit.quant import Blocks, QuantizedTensor
 
 GROUPS = (256, 128, 64, 32)  # what the kernel can take, largest first
@@ -33,22 +33,16 @@ class Int4Cpu:
         spec = weight.spec
         if spec.format != "int4":
             return f"the kernel is for int4, found {spec.format}"
-        if weight.codes.dim() != 2 or weight.codes.numel() == 0:
-            return f"the kernel wants a matrix that is not empty, found shape {tuple(weight.shape)}"
-        if weight.codes.device.type != "cpu":
-            return f"the kernel is for the CPU, found codes on {weight.codes.device}"
+        if reason := not_on_a_cpu(weight):
+            return reason
         if isinstance(spec.block, int):
             return "flat runs may cross rows; use groups"
-        if weight.outliers is not None:
-            return "it does not know outliers"
         width = Blocks(tuple(weight.shape), spec.block).size[1]
         if weight.shape[1] % width:
             return f"the last group is ragged: {weight.shape[1]} columns in groups of {width}"
         if _group(width) is None:
             return f"groups must be a multiple of {GROUPS[-1]}, found {width}"
-        if weight.g_idx is not None and bool((weight.g_idx.bincount() != width).any()):
-            return f"act-order groups must hold {width} columns each"
-        return None
+        return uneven_act_order(weight, width)
 
     def __init__(self, weight: QuantizedTensor):
         self.shape = weight.shape

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labkit.kernels import build
-from labkit.kernels.inputs import check_input
+from labkit.kernels.inputs import check_input, not_on_a_cpu, uneven_act_order
 from labkit.quant import Blocks, Grid, QuantizedTensor
 
 LANES = 16  # output features of a panel
@@ -34,28 +34,20 @@ class NativeCpu:
     def why_not(weight: QuantizedTensor) -> str | None:
         """What keeps this kernel from taking ``weight``, or None where it can."""
         spec = weight.spec
-        if weight.codes.dim() != 2 or weight.codes.numel() == 0:
-            return f"the kernel wants a matrix that is not empty, found shape {tuple(weight.shape)}"
+        if reason := not_on_a_cpu(weight):
+            return reason
         if spec.bits > 4 and not spec.is_integer:
             return f"above 4 bits the kernel is for integers, found {spec.format}"
-        if weight.codes.device.type != "cpu":
-            return f"the kernel is for the CPU, found codes on {weight.codes.device}"
         if spec.zero == "mean":
             return "it does not know the mean that was taken off"
         if weight.table is not None and weight.table.dim() != 1:
             return "each row has a table of its own"
-        if weight.outliers is not None:
-            return "it does not know outliers"
         width = _width(weight)
         if width is None:
             return f"runs of {spec.block} cross rows of {weight.shape[1]}; use groups"
         if width % CHUNK and width < weight.shape[1]:
             return f"groups must be a multiple of {CHUNK}, found {width}"
-        if weight.g_idx is not None:
-            sizes = weight.g_idx.bincount()
-            if bool((sizes[:-1] != width).any()) or int(sizes[-1]) > width:
-                return f"act-order groups must hold {width} columns each"
-        return build.why_not()
+        return uneven_act_order(weight, width) or build.why_not()
 
     def __init__(self, weight: QuantizedTensor, march: str = "native"):
         self._march, self.shape, self._source = march, weight.shape, weight
@@ -109,9 +101,9 @@ class NativeCpu:
         parts = (self._codes, self._scale, self._offset, self._order, self._table)
         return sum(part.nbytes for part in parts if part is not None)
 
-    def native(self, bias: Tensor | None = None) -> build.Weight:
-        """The weight as the library takes it, for as long as this object and ``bias`` (float32) live."""
-        parts = (self._codes, self._table, self._scale, self._offset, bias, self._order)
+    def native(self) -> build.Weight:
+        """The weight as the library takes it, without a bias, for as long as this object lives."""
+        parts = (self._codes, self._table, self._scale, self._offset, None, self._order)
         return build.Weight(
             self._bits,
             self._half,

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
-from labkit.kernels import backends, build
+from labkit.kernels import best, build
 from labkit.kernels.native_cpu import NativeCpu
 from labkit.models.llama import MLP, Block, Linear, Llama, RMSNorm
 from labkit.serving.kv_cache import Batch, KVCache
@@ -134,5 +134,5 @@ def _why_not(linear: Linear) -> str | None:
     weight = linear.weight
     if isinstance(weight, Tensor):
         return None if weight.dtype == torch.float32 else f"it knows float32, found {weight.dtype}"
-    taken = next(name for name, reason in backends(weight).items() if reason is None)
+    taken = best(weight)
     return None if taken == NativeCpu.backend else f"its {weight.spec} weight is multiplied by {taken}"

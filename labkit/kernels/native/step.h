@@ -1,7 +1,7 @@
 // A whole step of decoding: one new token for each of several sequences, through all layers of a Llama-family model.
 //
 // All threads run the same code and share out the panels of each product and the heads of attention. What each needs whole,
-// the normed rows, each computes for itself: that is cheaper than waiting for another. They wait for each other four times a
+// the normed rows, each computes for itself: that is cheaper than waiting for another. They wait for each other five times a
 // layer. Nothing but float32 is computed with; the caller looks up the embedding.
 
 #pragma once
@@ -92,7 +92,7 @@ inline void step(const Model& model, const Cache& cache, const int64_t* slots, c
 #pragma omp parallel num_threads(threads)
     {
         const long parts = omp_get_num_threads(), part = omp_get_thread_num();
-        std::vector<float> normed(rows * hidden), scores(cache.length), gates(TILE * LANES);
+        std::vector<float> normed(rows * hidden), scores(cache.length);
         const auto norm = [&](const float* weight) {
             for (long m = 0; m < rows; m++) rms_norm(&x[m * hidden], weight, hidden, model.eps, &normed[m * hidden]);
         };

@@ -45,7 +45,9 @@ def quantized(text: str, out: int, inputs: int) -> QuantizedTensor:
 def off(y: Tensor, x: Tensor, weight: QuantizedTensor) -> float:
     """The largest error of the outputs, each in units of the sizes of what is added up to it."""
     dense = middle = weight.dequantize(torch.float64)
-    if weight.zero is not None:  # codes count from the middle of their range, and the zero point is added apart
+    if (
+        weight.zero is not None
+    ):  # codes count from the middle of their range, and the zero point is added apart
         zero = torch.full_like(weight.zero, 2 ** (weight.spec.bits - 1))
         middle = replace(weight, zero=zero).dequantize(torch.float64)
     exact, size = x.double() @ dense.T, x.double().abs() @ (middle.abs() + (dense - middle).abs()).T
@@ -181,18 +183,7 @@ def test_a_table_for_each_row_and_outliers_are_refused() -> None:
     assert "16 columns each" in str(backends(uneven)["native_cpu"])
 
 
-def run(code: str, **environment: str) -> str:
-    ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
-
-
-PRODUCTS = """
+PRODUCTS = textwrap.dedent("""
     import ctypes, sys, torch
     from labkit.kernels import backends, build, prepare
     from labkit.kernels.native_cpu import NativeCpu
@@ -200,7 +191,22 @@ PRODUCTS = """
     def weight(text, out=33, inputs=75):
         w, spec = torch.randn(out, inputs), QuantSpec.parse(text)
         return encode(w, spec, fit(w, spec))
-"""
+""")
+
+
+def program(code: str) -> list[str]:
+    return [sys.executable, "-c", PRODUCTS + textwrap.dedent(code)]
+
+
+def run(code: str, **environment: str) -> str:
+    ran = subprocess.run(
+        program(code),
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
 
 
 @pytest.mark.parametrize("march", MARCHES)
@@ -219,7 +225,9 @@ def test_no_byte_outside_its_buffers_is_touched(march: str, tmp_path: Path) -> N
         "-fsanitize=address",
         f"-march={march}",
     ]
-    subprocess.run([*command, str(build.FOLDER / "library.cpp"), "-o", str(checked)], check=True, capture_output=True)
+    subprocess.run(
+        [*command, str(build.FOLDER / "library.cpp"), "-o", str(checked)], check=True, capture_output=True
+    )
     runtime = subprocess.run(
         [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
     ).stdout.strip()
@@ -243,7 +251,7 @@ def test_no_byte_outside_its_buffers_is_touched(march: str, tmp_path: Path) -> N
     print("clean")
     """  # fmt: skip
     settings = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
-    assert run(textwrap.dedent(PRODUCTS) + textwrap.dedent(code), **settings) == "clean\n"
+    assert run(code, **settings) == "clean\n"
 
 
 def test_without_a_compiler_the_reference_takes_over_and_the_reason_is_said() -> None:
@@ -251,9 +259,9 @@ def test_without_a_compiler_the_reference_takes_over_and_the_reason_is_said() ->
     w = weight("int3 g16")
     print(prepare(w).backend, "|", backends(w)["native_cpu"])
     """
-    missing = run(textwrap.dedent(PRODUCTS) + textwrap.dedent(code), CXX="", PATH="/nonexistent")
+    missing = run(code, CXX="", PATH="/nonexistent")
     assert missing.startswith("reference | no C++ compiler; install one")
-    broken = run(textwrap.dedent(PRODUCTS) + textwrap.dedent(code), CXX="/nonexistent/c++ -m64")
+    broken = run(code, CXX="/nonexistent/c++ -m64")
     assert broken.startswith("reference | the C++ compiler /nonexistent/c++ -m64 does not run")
 
 
@@ -272,10 +280,12 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
 
 
 def test_built_once_for_each_source_by_however_many_at_once(tmp_path: Path) -> None:
-    code = textwrap.dedent(PRODUCTS) + "print(build.library().labkit_arithmetic().decode())"
+    code = "print(build.library().labkit_arithmetic().decode())"
     environment = os.environ | {"LABKIT_CACHE": str(tmp_path)}
-    command = [sys.executable, "-c", code]
-    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(program(code), env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     said = {process.communicate()[0] for process in both}
     assert len(said) == 1 and said <= {"AVX-512\n", "AVX2\n"}
     [made] = (tmp_path / "kernels").iterdir()
