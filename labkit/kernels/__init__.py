@@ -2,5 +2,6 @@
 
 from labkit.kernels.dense import dense
 from labkit.kernels.dispatch import BACKENDS, Prepared, backends, best, linear, prepare
+from labkit.kernels.inputs import rounded
 
-__all__ = ["BACKENDS", "Prepared", "backends", "best", "dense", "linear", "prepare"]
+__all__ = ["BACKENDS", "Prepared", "backends", "best", "dense", "linear", "prepare", "rounded"]

@@ -54,7 +54,7 @@ class Weight(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("bits", "half")),
         *((name, ctypes.c_void_p) for name in ("codes", "table", "scale", "offset", "bias", "order")),
-        *((name, ctypes.c_int64) for name in ("out", "columns", "inputs", "width")),
+        *((name, ctypes.c_int64) for name in ("out", "columns", "inputs", "width", "input_width")),
     ]
 
 
@@ -62,7 +62,7 @@ def declared(made: ctypes.CDLL) -> ctypes.CDLL:
     """The library with its functions' argument types."""
     pointer, long = ctypes.c_void_p, ctypes.c_long
     made.labkit_linear.argtypes = [pointer, pointer, pointer, long, ctypes.c_int]
-    made.labkit_step.argtypes = [*[pointer] * 6, long, ctypes.c_int]
+    made.labkit_step.argtypes = [*[pointer] * 5, long, pointer, long, pointer, ctypes.c_int]
     made.labkit_linear.restype = made.labkit_step.restype = None
     made.labkit_arithmetic.restype = ctypes.c_char_p
     return made

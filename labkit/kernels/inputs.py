@@ -1,10 +1,10 @@
-"""What kernels ask of their input, and of the weight."""
+"""What kernels ask of their input, and of the weight; and the input on a grid."""
 
 from __future__ import annotations
 
 from torch import Size, Tensor
 
-from labkit.quant import QuantizedTensor
+from labkit.quant import QuantizedTensor, QuantSpec, fake_quantize, fit
 
 
 def check_input(x: Tensor, shape: Size) -> None:
@@ -14,6 +14,14 @@ def check_input(x: Tensor, shape: Size) -> None:
             f"expected floating-point x with {shape[1]} input features last, "
             f"found {x.dtype} of shape {tuple(x.shape)}"
         )
+
+
+def rounded(x: Tensor, input: QuantSpec | None) -> Tensor:
+    """Activations ``x`` (..., in_features) on the grid ``input`` and back, by scales that ``fit`` finds for them now.
+
+    None leaves them as they are. The gradient is straight-through. Raises ValueError for NaN and infinity.
+    """
+    return x if input is None else fake_quantize(x, input, fit(x.detach(), input))
 
 
 def not_on_a_cpu(weight: QuantizedTensor) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from labkit.kernels.inputs import check_input, not_on_a_cpu, uneven_act_order
-from labkit.quant import Blocks, QuantizedTensor
+from labkit.quant import Blocks, QuantizedTensor, QuantSpec
 
 GROUPS = (256, 128, 64, 32)  # what the kernel can take, largest first
 TOLERANCE = 0.01  # of the output's Frobenius norm; 0.002 to 0.005 is usual
@@ -28,9 +28,11 @@ class Int4Cpu:
     backend = "int4_cpu"
 
     @staticmethod
-    def why_not(weight: QuantizedTensor) -> str | None:
+    def why_not(weight: QuantizedTensor, input: QuantSpec | None = None) -> str | None:
         """What keeps this kernel from taking ``weight``, or None where it can."""
         spec = weight.spec
+        if input is not None:
+            return f"it multiplies activations as they are, found {input}"
         if spec.format != "int4":
             return f"the kernel is for int4, found {spec.format}"
         if reason := not_on_a_cpu(weight):
@@ -44,7 +46,7 @@ class Int4Cpu:
             return f"groups must be a multiple of {GROUPS[-1]}, found {width}"
         return uneven_act_order(weight, width)
 
-    def __init__(self, weight: QuantizedTensor):
+    def __init__(self, weight: QuantizedTensor, input: QuantSpec | None = None):
         self.shape = weight.shape
         blocks = Blocks(tuple(weight.shape), weight.spec.block)
         width = blocks.size[1]

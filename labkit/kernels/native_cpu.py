@@ -1,20 +1,24 @@
-"""Weights of up to 8 bits on the CPU by our own kernel, which reads the codes and sums in float32.
+"""Weights of up to 8 bits on the CPU by our own kernel, which reads the codes and writes no weight out.
 
 Up to 4 bits every format is a table of 16 values, so integers, floats and codebooks take the same path; int5 to int8
-are multiplied as they are. The output differs from the reference by the rounding of float32 sums and no more.
+are multiplied as they are. Activations stay in float32, and so do all sums; or they are rounded to int8 first, where
+the recipe says so, and sums of integers are exact. Either way the output differs from the reference by the rounding
+of float32 sums and no more.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from labkit.kernels import build
+from labkit.kernels.arena import Arena
 from labkit.kernels.inputs import check_input, not_on_a_cpu, uneven_act_order
-from labkit.quant import Blocks, Grid, QuantizedTensor
+from labkit.quant import Blocks, Grid, QuantizedTensor, QuantSpec
 
 LANES = 16  # output features of a panel
 CHUNK = 8  # inputs that are loaded together
@@ -25,14 +29,15 @@ class NativeCpu:
 
     Takes every format of up to 4 bits whose table is one for all rows, and integers of up to 8, on groups of
     columns that are a multiple of 8 wide (the last may be shorter), one row or several. Act-order is undone by
-    reordering the columns of the weight here, and those of ``x`` in each call.
+    reordering the columns of the weight here, and those of ``x`` in each call. With activations of "int8 g32 narrow
+    scale=fp32", or another width, integer weights only.
     """
 
     backend = "native_cpu"
 
     @staticmethod
-    def why_not(weight: QuantizedTensor) -> str | None:
-        """What keeps this kernel from taking ``weight``, or None where it can."""
+    def why_not(weight: QuantizedTensor, input: QuantSpec | None = None) -> str | None:
+        """What keeps this kernel from taking ``weight`` and activations on the grid ``input``, or None where it can."""
         spec = weight.spec
         if reason := not_on_a_cpu(weight):
             return reason
@@ -47,27 +52,32 @@ class NativeCpu:
             return f"runs of {spec.block} cross rows of {weight.shape[1]}; use groups"
         if width % CHUNK and width < weight.shape[1]:
             return f"groups must be a multiple of {CHUNK}, found {width}"
+        if input is not None and (reason := _why_not_rounded(spec, width, input, weight.shape[1])):
+            return reason
         return uneven_act_order(weight, width) or build.why_not()
 
-    def __init__(self, weight: QuantizedTensor, march: str = "native"):
-        self._march, self.shape, self._source = march, weight.shape, weight
+    def __init__(self, weight: QuantizedTensor, input: QuantSpec | None = None, march: str = "native"):
+        self._march, self.shape, self._source, self._input = march, weight.shape, weight, input
+        self._settled = False  # whether others may hold addresses of its memory, which it then never leaves
         spec, (out, columns) = weight.spec, weight.shape
         width = _width(weight) or columns
-        self._width = -(-min(width, columns) // CHUNK) * CHUNK
+        self._width = _in_chunks(min(width, columns))
+        self._input_width = 0 if input is None else _in_chunks(Blocks((1, columns), input.block).size[1])
         self._order = None if weight.g_idx is None else torch.argsort(weight.g_idx, stable=True).int()
         codes = weight.codes if self._order is None else weight.codes[:, self._order]
         self._bits = 4 if spec.bits <= 4 else 8
         low, high = spec.code_range
         middle = (low + high + 1) // 2  # the code that becomes 0
         codes = codes.int() - (low if self._bits == 4 else middle if spec.zero != "none" else 0)
-        self._panels, self._columns = -(-out // LANES), -(-columns // CHUNK) * CHUNK
+        self._panels, self._columns = -(-out // LANES), _in_chunks(columns)
         codes = F.pad(codes, (0, self._columns - columns, 0, self._panels * LANES - out))
         codes = codes.view(self._panels, LANES, -1, CHUNK)  # (panels, 16, chunks, 8)
         if self._bits == 4:
             codes = codes.permute(0, 2, 1, 3)  # (panels, chunks, 16, 8)
-            codes = codes[..., 0::2] + 16 * codes[..., 1::2]
+            codes = codes[..., :4] + 16 * codes[..., 4:]
         else:
-            codes = codes.permute(0, 2, 3, 1) & 0xFF  # (panels, chunks, 8, 16)
+            halves = codes.unflatten(-1, (2, 4))  # (panels, 16, chunks, 2, 4)
+            codes = halves.permute(0, 2, 3, 1, 4) & 0xFF  # (panels, chunks, 2, 16, 4)
         self._codes = codes.to(torch.uint8).contiguous()
 
         scale, zero = weight.params.dense()
@@ -96,6 +106,9 @@ class NativeCpu:
         rows = F.pad(rows.float(), (0, 0, 0, self._panels * LANES - out))  # (panels * 16, groups)
         return rows.view(self._panels, LANES, -1).transpose(1, 2).contiguous()
 
+    def __reduce__(self) -> tuple[type[NativeCpu], tuple[object, ...]]:
+        return NativeCpu, (self._source, self._input, self._march)  # laid out anew where it is read
+
     @property
     def nbytes(self) -> int:
         parts = (self._codes, self._scale, self._offset, self._order, self._table)
@@ -108,7 +121,7 @@ class NativeCpu:
             self._bits,
             self._half,
             *(None if part is None else part.data_ptr() for part in parts),
-            *(*self.shape, self._columns, self._width),
+            *(*self.shape, self._columns, self._width, self._input_width),
         )
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -125,6 +138,17 @@ class NativeCpu:
         return y.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
 
 
+def settle(weights: Iterable[object]) -> None:
+    """Put those of ``weights`` that are this kernel's into one stretch of memory, in their order, once for all."""
+    found = [weight for weight in weights if isinstance(weight, NativeCpu) and not weight._settled]
+    names = ("_codes", "_scale", "_offset")
+    parts = [(weight, name, part) for weight in found for name in names if (part := getattr(weight, name)) is not None]
+    arena = Arena(Arena.nbytes([part for *_, part in parts]))
+    for weight, name, part in parts:
+        setattr(weight, name, arena.take(part))
+        weight._settled = True
+
+
 class _Product(torch.autograd.Function):
     """The product where ``x`` wants a gradient: the weight is written out on the way back only."""
 
@@ -136,6 +160,29 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
         return gradient @ ctx.source.dequantize(gradient.dtype), None
+
+
+def _why_not_rounded(spec: QuantSpec, width: int, input: QuantSpec, columns: int) -> str | None:
+    """Why activations on the grid ``input`` cannot be multiplied as bytes by codes in groups of ``width``."""
+    if not spec.is_integer:
+        return f"rounded activations are multiplied by integers, found {spec.format}"
+    steps = Blocks((1, columns), input.block).size[1]
+    if input != QuantSpec(
+        "int8", (1, input.block[1] if isinstance(input.block, tuple) else None), scale="fp32", narrow=True
+    ):
+        return f"it rounds activations to 'int8 g32 narrow scale=fp32' or another width, found {input}"
+    if steps % CHUNK and steps < columns:
+        return f"activations must share a step by a multiple of {CHUNK}, found {steps}"
+    short, long = sorted((steps, width))
+    return (
+        f"steps of {steps} activations and groups of {width} overlap"
+        if long % short and long < columns
+        else None
+    )
+
+
+def _in_chunks(columns: int) -> int:
+    return -(-columns // CHUNK) * CHUNK
 
 
 def _width(weight: QuantizedTensor) -> int | None:

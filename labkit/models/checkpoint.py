@@ -163,7 +163,8 @@ def load(folder: Path | str) -> Llama:
         ) from error
     linears = model.linears()
     for name, weight in weights.items():
-        linears[name].weight = weight
+        rule = recipe.rule_for(name)
+        linears[name].weight, linears[name].input = weight, None if rule is None else rule.input
     model.seed, model.made = made.model_seed, made
     return model
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from labkit import kernels
 from labkit.models.config import ModelConfig
 from labkit.models.tokenizer import Tokenizer
-from labkit.quant import QuantizedTensor
+from labkit.quant import QuantizedTensor, QuantSpec
 
 if TYPE_CHECKING:
     from labkit.models.quantize import Made
@@ -94,16 +94,17 @@ class Linear(nn.Module):
     """``x @ weight.T + bias``; x (..., in); weight (out, in) is a Tensor or a QuantizedTensor.
 
     Assign ``linear.weight`` to change from one to the other. Weights do not ask for gradients until
-    ``requires_grad_()`` is called.
+    ``requires_grad_()`` is called. Where ``linear.input`` is a grid, x is rounded to it first, in each call anew.
     """
 
     weight: Tensor | QuantizedTensor
     bias: Tensor | None
+    input: QuantSpec | None
 
     def __init__(self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self._prepared: kernels.Prepared | None = None
-        self.weight = weight
+        self.weight, self.input = weight, None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -114,6 +115,8 @@ class Linear(nn.Module):
             self._prepared = None
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=False)
+        if name == "input":
+            self._prepared = None
         super().__setattr__(name, value)
 
     @property
@@ -126,7 +129,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.weight, Tensor):
-            return kernels.dense(x, self.weight, self.bias)
+            return kernels.dense(kernels.rounded(x, self.input), self.weight, self.bias)
         return self.prepared(x, self.bias)
 
     @property
@@ -134,11 +137,12 @@ class Linear(nn.Module):
         """The quantized weight as a kernel wants it, made when first asked for."""
         if self._prepared is None:
             assert isinstance(self.weight, QuantizedTensor), "plain weights are multiplied as they are"
-            self._prepared = kernels.prepare(self.weight)
+            self._prepared = kernels.prepare(self.weight, input=self.input)
         return self._prepared
 
     def extra_repr(self) -> str:
         kind = "" if isinstance(self.weight, Tensor) else f", {self.weight.spec}"
+        kind += "" if self.input is None else f", input {self.input}"
         return f"{self.in_features} -> {self.out_features}{kind}"
 
 

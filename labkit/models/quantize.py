@@ -110,7 +110,7 @@ def quantize(
             dense.clear()
         do(name, inputs)
         if propagate:
-            linear.weight = done[name].dequantize()
+            linear.weight, linear.input = done[name].dequantize(), plan[name].input
             dense.append(name)
 
     fishers: dict[str, Tensor] = {}
@@ -123,7 +123,7 @@ def quantize(
         for name in bar(list(plan), recipe.name, progress):
             do(name, None)
     for name, weight in done.items():
-        linears[name].weight = weight
+        linears[name].weight, linears[name].input = weight, plan[name].input
     work.made = Made(model.name, model.seed, recipe, seed, propagate, tuple(fallbacks))
     return work
 

@@ -10,11 +10,12 @@
         weight: int4 g64 asym    # a QuantSpec, or keep
         method: gptq
         options: {act_order: true}
+        input: int8 g32 narrow scale=fp32  # the grid of the activations; left out, they stay as they are
     train: {steps: 1000}         # quantization-aware training afterwards; may be left out
 
 A recipe's name follows the field: w4a16-gptq-g64 has 4-bit weights, activations that are not quantized
-(16-bit floats on most GPUs, float32 here), GPTQ, groups of 64. ``str(recipe)`` writes out everything that
-such a name leaves open.
+(16-bit floats on most GPUs, float32 here), GPTQ, groups of 64; w4a8-rtn-g32 has activations of 8 bits.
+``str(recipe)`` writes out everything that such a name leaves open.
 """
 
 from __future__ import annotations
@@ -45,12 +46,15 @@ class Rule:
     weight    the grid, or None to leave these layers as they are
     method    a name in ``labkit.quant.METHODS``; None exactly when weight is None
     options   handed to the method: ``{"act_order": True}``
+    input     the grid that what these layers multiply is rounded to, each token by itself, with scales found in
+              each call; None leaves it as it is
     """
 
     match: str
     weight: QuantSpec | None
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    input: QuantSpec | None = None
 
     def __post_init__(self) -> None:
         if (self.weight is None) != (self.method is None):
@@ -61,6 +65,13 @@ class Rule:
         if self.weight is None and self.options:
             raise ValueError(
                 f"rule {self.match!r} leaves its layers alone, yet has options {dict(self.options)}"
+            )
+        if self.weight is None and self.input is not None:
+            raise ValueError(f"rule {self.match!r} leaves its layers alone, yet has the input {self.input}")
+        if self.input is not None and (isinstance(self.input.block, int) or self.input.block[0] != 1):
+            raise ValueError(
+                f"rule {self.match!r}: tokens of different texts would share a scale in input {self.input}; "
+                "expected channel (one for each token) or groups, such as int8 g32"
             )
 
 
@@ -96,9 +107,6 @@ class Training:
                 a tenth
     scale_rate  the same for the scales and offsets, in the same unit
     decay       AdamW's decoupled weight decay; the scales have none
-    dtype       what the passes through both models compute in, "fp32" or "bf16"; what learns, and the loss, stay
-                in fp32 either way (Micikevicius et al. 2018, arXiv 1710.03740). On two cores with instructions for
-                bf16 a step of the long run took 10 s instead of 12 s; on a processor without them it takes longer
     """
 
     steps: int = 1000
@@ -108,14 +116,9 @@ class Training:
     scale_rate: float = 4e-3
     warmup: int = 20
     decay: float = 0.0
-    dtype: str = "fp32"
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("fp32", "bf16"):
-            raise ValueError(f"train.dtype must be fp32 or bf16, found {self.dtype!r}")
         for f in fields(self):
-            if f.name == "dtype":
-                continue
             value, whole = getattr(self, f.name), isinstance(f.default, int)
             least = 0 if f.name in ("warmup", "decay", "scale_rate") else 1 if whole else 5e-324
             kind = int if whole else (int, float)
@@ -217,6 +220,8 @@ class Recipe:
             rules.append({"match": rule.match, "weight": str(rule.weight), "method": rule.method})
             if options:
                 rules[-1]["options"] = options
+            if rule.input is not None:
+                rules[-1]["input"] = str(rule.input)
         calibration = {"windows": self.calibration.windows, "tokens": self.calibration.tokens}
         tree: dict[str, Any] = {"name": self.name, "calibration": calibration, "rules": rules}
         if self.transforms:
@@ -323,12 +328,16 @@ class Recipe:
             if options := expand(rule):
                 lines.append("  options:")
                 lines += [f"    {key}: {_inline(value)}" for key, value in options.items()]
+            if rule.input is not None:
+                lines.append(f"  input: {rule.input}  # of each token, {describe(rule.input)}")
         if self.train is not None:
             lines.append(
                 "train:  # on the grids that the rules' methods found: LSQ, distilled from the original"
             )
             lines += [f"  {key}: {_inline(value)}" for key, value in asdict(self.train).items()]
-        lines.append("# every layer that no rule matches is left as it is; activations are not quantized")
+        rounded = any(rule.input is not None for rule in self.rules)
+        inputs = "are quantized where a rule names their input" if rounded else "are not quantized"
+        lines.append(f"# every layer that no rule matches is left as it is; activations {inputs}")
         return "\n".join(lines)
 
 
@@ -400,9 +409,13 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _rule(tree: Any, where: str) -> Rule:
-    _keys(tree, required={"match", "weight"}, optional={"method", "options"}, where=where)
+    _keys(tree, required={"match", "weight"}, optional={"method", "options", "input"}, where=where)
     match, weight, method, options = (tree.get(k) for k in ("match", "weight", "method", "options"))
-    for key, value in (("match", match), ("weight", weight)):
+    for key, value in (
+        ("match", match),
+        ("weight", weight),
+        *(("input", v) for k, v in tree.items() if k == "input"),
+    ):
         if not isinstance(value, str):
             raise ValueError(f"{where}: {key} must be a text, found {value!r}")
     if method is not None and not isinstance(method, str):
@@ -411,7 +424,8 @@ def _rule(tree: Any, where: str) -> Rule:
         raise ValueError(f"{where}: options must be a mapping of names to values, found {options!r}")
     try:
         spec = None if weight == KEEP else QuantSpec.parse(weight)
-        return Rule(match, spec, method, options or {})
+        grid = QuantSpec.parse(tree["input"]) if "input" in tree else None
+        return Rule(match, spec, method, options or {}, grid)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

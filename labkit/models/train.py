@@ -105,7 +105,7 @@ def train(
     for step in steps:
         for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = rate * _pace(step, recipe.train.warmup, len(batches))
-        loss = _gradients(model, student, layers, batches[step], recipe.train.dtype)
+        loss = _gradients(model, student, layers, batches[step])
         if not math.isfinite(loss):
             raise ValueError(
                 f"recipe {recipe.name}: the loss of step {step} is {loss}; lower train.rate or train.scale_rate"
@@ -231,6 +231,8 @@ def _layers(
         layers.append(layer)
         if control:
             continue
+        rule = recipe.rule_for(name)
+        layer.linear.input = None if rule is None else rule.input
         scale, zero = torch.ones(_blocks(weight, spec)), torch.ones(_blocks(weight, spec))
         if start is not None:
             found = start[name].weight
@@ -267,18 +269,16 @@ def _rounding_to(weight: Tensor, found: QuantizedTensor) -> Tensor:
 
 
 @torch.enable_grad()
-def _gradients(teacher: Llama, student: Llama, layers: list[_Layer], batch: Tensor, dtype: str) -> float:
+def _gradients(teacher: Llama, student: Llama, layers: list[_Layer], batch: Tensor) -> float:
     """The gradients of one step, left on the layers' parameters; returns the loss, nats per token."""
-    passes = torch.autocast(batch.device.type, torch.bfloat16, enabled=dtype == "bf16")
     with torch.no_grad():
         for layer in layers:
             layer.linear.weight = nn.Parameter(layer.rounded(), requires_grad=True)
     loss = 0.0
     for windows in batch.split(AT_ONCE):
-        with passes:
-            with torch.no_grad():
-                log_p = F.log_softmax(teacher(windows).float(), dim=-1)  # (windows, tokens, vocab)
-            log_q = F.log_softmax(student(windows).float(), dim=-1)
+        with torch.no_grad():
+            log_p = F.log_softmax(teacher(windows), dim=-1)  # (windows, tokens, vocab)
+        log_q = F.log_softmax(student(windows), dim=-1)
         kl = F.kl_div(log_q, log_p, log_target=True, reduction="sum") / batch.numel()
         kl.backward()
         loss += kl.item()

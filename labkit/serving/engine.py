@@ -30,6 +30,7 @@ from labkit.serving.stream import (
     TopLogprob,
 )
 
+STRETCH = 256  # tokens of a prompt that are read at once; after each a request may be cancelled
 Rows = list[tuple["Answer", Tensor]]  # whose next token these logits (vocab,) decide
 
 
@@ -197,6 +198,8 @@ class Engine:
         [request] = requests
         answer = self._answers[request.id]
         self._cache.add(request.id)
+        if self._native is not None and self._native.reads and not self._native.hooked:
+            return self._read(answer, self._native)
         batch = self._cache.batch([request.id], len(request.prompt))
         x, rotary, cache = self.model.begin(torch.tensor([request.prompt]), batch)  # (1, T, hidden)
         for block in self.model.blocks:
@@ -206,15 +209,24 @@ class Engine:
         logits = self.model.end(x[:, -1:])  # (1, 1, vocab)
         return [(answer, logits[0, 0])]
 
+    def _read(self, answer: Answer, native: Step) -> Rows:
+        """The same by steps of our own kernel, each of a stretch of the prompt."""
+        request = answer.request
+        for stretch in torch.tensor([request.prompt]).split(STRETCH, dim=1):  # (1, up to STRETCH)
+            if self._closed or answer.channel.cancelled:
+                return []
+            logits = native(stretch, self._cache.batch([request.id], stretch.shape[1]))  # (1, vocab)
+        return [(answer, logits[0])]
+
     def _decode(self, requests: list[Request]) -> Rows:
         """One more token for every running request."""
         batch = self._cache.batch([request.id for request in requests], 1)
         answers = [self._answers[id] for id in batch.ids]
-        tokens = torch.tensor([answer.last for answer in answers])
+        tokens = torch.tensor([[answer.last] for answer in answers])  # (B, 1)
         if self._native is not None and not self._native.hooked:
             logits = self._native(tokens, batch)  # (B, vocab)
         else:
-            logits = self.model(tokens[:, None], batch)[:, 0]
+            logits = self.model(tokens, batch)[:, 0]
         return list(zip(answers, logits, strict=True))
 
     def _end(self, answer: Answer, why: FinishReason | BaseException) -> None:

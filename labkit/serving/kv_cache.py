@@ -99,18 +99,23 @@ class Batch:
         self.ids = ids
         self.positions = torch.tensor(starts)[:, None] + torch.arange(tokens)  # (B, T)
         self.slots = torch.arange(first, first + len(ids))  # (B,)
-        rows, seen = slice(first, first + len(ids)), max(starts) + tokens
-        self._keys = cache.keys[:, rows, :, :seen]  # (layers, B, kv_heads, S, head_dim), a view
-        self._values = cache.values[:, rows, :, :seen]
+        self._cache, self._seen = cache, max(starts) + tokens
         # All rows at the same place: a slice, which is cheaper than indices.
-        self._new = slice(starts[0], seen) if len(set(starts)) == 1 else None
-        self._rows = torch.arange(len(ids))[:, None]  # (B, 1)
-        self._windows, self._seen = cache.config.windows, seen
+        self._new = slice(starts[0], self._seen) if len(set(starts)) == 1 else None
+
+    # What follows is for ``update``: a step of our own kernel needs none of it.
+
+    @cached_property
+    def _views(self) -> tuple[Tensor, Tensor]:
+        """Keys and values so far, (layers, B, kv_heads, S, head_dim)."""
+        rows = slice(int(self.slots[0]), int(self.slots[-1]) + 1)
+        return self._cache.keys[:, rows, :, : self._seen], self._cache.values[:, rows, :, : self._seen]
 
     @cached_property
     def _masks(self) -> list[Tensor | None]:
-        masks = {window: self._mask(window, self._seen) for window in set(self._windows)}
-        return [masks[window] for window in self._windows]
+        windows = self._cache.config.windows
+        masks = {window: self._mask(window, self._seen) for window in set(windows)}
+        return [masks[window] for window in windows]
 
     def _mask(self, window: int | None, seen: int) -> Tensor | None:
         """bool (B, 1, T, S). A row sees its own past; what lies behind it belongs to nobody."""
@@ -121,13 +126,14 @@ class Batch:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keep a layer's new keys and values (B, kv_heads, T, head_dim) and give all so far, T become S."""
-        keys, values = self._keys[layer], self._values[layer]
+        keys, values = (view[layer] for view in self._views)
         if self._new is not None:
             keys[:, :, self._new] = k
             values[:, :, self._new] = v
         else:
-            keys[self._rows, :, self.positions] = k.transpose(1, 2)  # (B, T, kv_heads, head_dim)
-            values[self._rows, :, self.positions] = v.transpose(1, 2)
+            rows = torch.arange(len(self.ids))[:, None]  # (B, 1)
+            keys[rows, :, self.positions] = k.transpose(1, 2)  # (B, T, kv_heads, head_dim)
+            values[rows, :, self.positions] = v.transpose(1, 2)
         return keys, values, self._masks[layer]
 
 

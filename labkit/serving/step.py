@@ -1,4 +1,4 @@
-"""One new token for every running sequence, by one call that leaves Python once: ``native/step.h``."""
+"""New tokens of the running sequences, by one call that leaves Python once: ``native/step.h``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from labkit.kernels import best, build
-from labkit.kernels.native_cpu import NativeCpu
+from labkit.kernels.native_cpu import NativeCpu, settle
 from labkit.models.llama import MLP, Block, Linear, Llama, RMSNorm
+from labkit.quant import QuantizedTensor
 from labkit.serving.kv_cache import Batch, KVCache
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
@@ -41,6 +42,8 @@ class Step:
 
     Takes float32 weights, and quantized ones that ``kernels.prepare`` gives to our own kernel. The weights of ``model``
     must stay as they are.
+
+    reads  whether it is the faster way for many tokens of one text, too
     """
 
     @staticmethod
@@ -68,8 +71,9 @@ class Step:
         config = model.config
         self._library = build.library()
         self._embedding = model.model.embed_tokens.weight.detach()
-        self._modules = list(model.modules())
+        self._hooks = [h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._kept: list[object] = [model, cache]  # whose memory the structures below point into
+        settle([linear.prepared for linear in model.linears().values() if not isinstance(linear.weight, Tensor)])
         layers = (_Layer * config.layers)(*(self._layer(model, i) for i in range(config.layers)))
         self._kept.append(layers)
         self._model = _Model(
@@ -80,23 +84,29 @@ class Step:
         self._cache = _Cache(
             cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[1], cache.keys.shape[3]
         )
+        # Of float32 weights torch's own product is faster where rows are many.
+        blocks = [module for module in model.blocks.modules() if isinstance(module, Linear)]
+        self.reads = all(isinstance(linear.weight, QuantizedTensor) for linear in blocks)
         self._vocab = model.lm_head.out_features
 
     def __call__(self, tokens: Tensor, batch: Batch) -> Tensor:
-        """Logits (B, vocab) float32 about what follows each of ``tokens`` (B,), one of each request of the batch."""
-        x = self._embedding[tokens]  # (B, hidden)
-        logits = torch.empty(len(tokens), self._vocab)
-        positions = batch.positions[:, 0].contiguous()
+        """Logits (B, vocab) float32 about what follows the last of ``tokens`` (B, T), the new ones of each request."""
+        count, length = tokens.shape
+        x = self._embedding[tokens]  # (B, T, hidden)
+        logits = torch.empty(count, self._vocab)
+        slots = batch.slots.repeat_interleave(length)  # (B * T,)
+        positions = batch.positions.contiguous()  # (B, T)
+        wanted = torch.arange(length - 1, tokens.numel(), length)  # (B,): each request's last row
         self._library.labkit_step(
-            ctypes.byref(self._model), ctypes.byref(self._cache), batch.slots.data_ptr(), positions.data_ptr(),
-            x.data_ptr(), logits.data_ptr(), len(tokens), torch.get_num_threads(),
+            ctypes.byref(self._model), ctypes.byref(self._cache), slots.data_ptr(), positions.data_ptr(),
+            x.data_ptr(), tokens.numel(), wanted.data_ptr(), count, logits.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return logits
 
     @property
     def hooked(self) -> bool:
         """Whether a hook waits on one of the model's modules. A step passes them by; the model's own pass calls it."""
-        return any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
+        return any(self._hooks)
 
     def _layer(self, model: Llama, index: int) -> _Layer:
         block = model.blocks[index]
@@ -121,7 +131,7 @@ class Step:
     def _weight(self, linear: Linear) -> build.Weight:
         bias = None if linear.bias is None else self._address(linear.bias)
         if isinstance(linear.weight, Tensor):
-            shape = (*linear.weight.shape, linear.in_features, linear.in_features)
+            shape = (*linear.weight.shape, linear.in_features, linear.in_features, 0)
             return build.Weight(32, 0, self._address(linear.weight), None, None, None, bias, None, *shape)
         assert isinstance(linear.prepared, NativeCpu)
         self._kept.append(linear.prepared)
@@ -133,6 +143,8 @@ class Step:
 def _why_not(linear: Linear) -> str | None:
     weight = linear.weight
     if isinstance(weight, Tensor):
+        if linear.input is not None:
+            return f"it rounds the input of quantized weights only, found {linear.input}"
         return None if weight.dtype == torch.float32 else f"it knows float32, found {weight.dtype}"
-    taken = best(weight)
+    taken = best(weight, linear.input)
     return None if taken == NativeCpu.backend else f"its {weight.spec} weight is multiplied by {taken}"

@@ -10,8 +10,11 @@ const char* labkit_arithmetic() { return ARITHMETIC; }
 // y (rows, out) = x (rows, columns) times the weight.
 void labkit_linear(const Linear* weight, const float* x, float* y, long rows, int threads) {
     const Linear& w = *weight;
-    const Input input(w, x, rows);
+    Input input;
     const long panels = w.panels(), parts = std::min<long>(threads, panels);
+    input.make_room(w, x, rows);
+#pragma omp parallel for schedule(static) num_threads(parts) if (parts > 1 && rows > TILE)
+    for (long m = 0; m < rows; m++) input.row(w, m);
 #pragma omp parallel for schedule(static) num_threads(parts) if (parts > 1)
     for (long part = 0; part < parts; part++)
         products(w, panels * part / parts, panels * (part + 1) / parts, input, [&](long n, long first, int count, const float* found) {
@@ -20,9 +23,9 @@ void labkit_linear(const Linear* weight, const float* x, float* y, long rows, in
         });
 }
 
-// One new token for each of `rows` sequences: see step.h.
-void labkit_step(const Model* model, const Cache* cache, const int64_t* slots, const int64_t* positions, float* x, float* logits,
-                 long rows, int threads) {
-    step(*model, *cache, slots, positions, x, logits, rows, threads);
+// New tokens of some sequences: see step.h.
+void labkit_step(const Model* model, const Cache* cache, const int64_t* slots, const int64_t* positions, float* x, long rows,
+                 const int64_t* wanted, long count, float* logits, int threads) {
+    step(*model, *cache, slots, positions, x, rows, wanted, count, logits, threads);
 }
 }

@@ -1,13 +1,17 @@
 // Rows of x times a weight of 4, 8 or 32 bits, 16 output features at a time; the weight is never written out.
 //
-// Codes lie in panels of 16 output features, so that one vector register holds one input's weights for all 16. A chunk
-// is 8 inputs of a panel: of 4 bits, a 32-bit word for each of the 16 rows, the first input in its lowest bits; of 8
-// bits, 16 bytes for each input. A group's `width` inputs share a scale and an offset for each row:
+// Codes lie in panels of 16 output features, so that one vector register holds one input's weights for all 16, or four
+// inputs' bytes. A chunk is 8 inputs of a panel: of 4 bits, a 32-bit word for each of the 16 rows, whose byte i holds input i
+// in its lower half and input i + 4 in its upper; of 8 bits, a word with inputs 0 to 3 for each row, then one with 4 to 7.
+// A group's `width` inputs share a scale and an offset for each row:
 //
 //     y[m, n] = sum over groups g of  scale[g, n] * (sum over k in g of x[m, k] * value[n, k]  +  offset[g, n] * sum over k in g of x[m, k])
 //
 // where value is table[code] (4 bits) or the code itself, signed (8 bits). Weights of 32 bits are plain float32 rows.
-// All sums are float32.
+//
+// There are two kinds of arithmetic. Where input_width is 0, x stays float32, and so do all sums. Else x is rounded first, each
+// row by itself: input_width numbers that stand together become whole numbers from -127 to 127 of a step, which is the largest
+// of them over 127. Such a run times the codes is summed in int32, exactly, and only then multiplied by steps and scales.
 
 #pragma once
 #include <algorithm>
@@ -29,13 +33,19 @@ struct Linear {
     const float* bias;       // (out,), or null
     const int32_t* order;    // (columns,): which input comes first, second, ..., or null: as they are
     int64_t out, columns, in, width;  // in: columns padded to whole chunks; width: inputs of a group, whole chunks too
+    int64_t input_width;              // inputs that share a step, whole chunks; 0: they are not rounded
 
     long panels() const { return (out + LANES - 1) / LANES; }
     long groups() const { return (in + width - 1) / width; }
     long stored(long panel) const { return std::min<long>(LANES, out - panel * LANES); }
+    // A run's inputs share step and scale. Of the two widths one is a multiple of the other, or as long as the row.
+    long run() const { return std::min(width, input_width); }
+    long runs() const { return (in + run() - 1) / run(); }
+    // What is to be added to a byte that is multiplied, so that it is a value.
+    float base() const { return bits == 4 ? table[0] : -float(BELOW); }
 };
 
-// What the two widths of codes have in common: the bytes of a chunk, and a chunk's values, input after input.
+// What the two widths of codes have in common: the bytes of a chunk; its values, input after input; its codes by fours.
 
 struct Four {
     static constexpr long BYTES = LANES * CHUNK / 2;
@@ -44,11 +54,17 @@ struct Four {
     template <class Each>
     void chunk(const uint8_t* p, Each each) const {
         const Words codes = words(p);
-        each(0, look_up<0>(table, codes)), each(1, look_up<1>(table, codes));
-        each(2, look_up<2>(table, codes)), each(3, look_up<3>(table, codes));
-        each(4, look_up<4>(table, codes)), each(5, look_up<5>(table, codes));
-        each(6, look_up<6>(table, codes)), each(7, look_up<7>(table, codes));
+        each(0, look_up<0>(table, codes)), each(1, look_up<2>(table, codes));
+        each(2, look_up<4>(table, codes)), each(3, look_up<6>(table, codes));
+        each(4, look_up<1>(table, codes)), each(5, look_up<3>(table, codes));
+        each(6, look_up<5>(table, codes)), each(7, look_up<7>(table, codes));
     }
+    template <class Each>
+    static void fours(const uint8_t* p, Each each) {
+        const Words codes = words(p);
+        each(0, low_halves(codes)), each(1, high_halves(codes));
+    }
+    static Ints times(Ints sum, Words codes, int32_t x) { return dot(sum, codes, x); }
 };
 
 struct Eight {
@@ -56,33 +72,93 @@ struct Eight {
     explicit Eight(const float*) {}
     template <class Each>
     void chunk(const uint8_t* p, Each each) const {
-        for (int i = 0; i < CHUNK; i++) each(i, load((const int8_t*)p + i * LANES));
+        fours(p, [&](int i, const Words& codes) {
+            each(4 * i, byte<0>(codes)), each(4 * i + 1, byte<1>(codes));
+            each(4 * i + 2, byte<2>(codes)), each(4 * i + 3, byte<3>(codes));
+        });
     }
+    template <class Each>
+    static void fours(const uint8_t* p, Each each) {
+        each(0, words(p)), each(1, words(p + BYTES / 2));
+    }
+    static Ints times(Ints sum, Words codes, int32_t x) { return dot_signed(sum, codes, x); }
 };
 
-// Rows of x as a weight wants them: in its order, padded to whole chunks, with their sums over each group.
-struct Input {
-    const float* x;  // (rows, in)
-    long rows;
-    std::vector<float> arranged, sums;  // sums (rows, groups)
+// Rows of x as a weight wants them: in its order, padded to whole chunks, rounded where it asks for that, with their sums over
+// each group. One that is used again keeps its memory.
+class Input {
+public:
+    long rows, in, groups, runs;
+    const float* x;             // (rows, in)
+    std::vector<float> sums;    // (rows, groups), where the weight has offsets or x is rounded
+    std::vector<int8_t> codes;  // (rows, in), where x is rounded
+    std::vector<float> steps;   // (rows, runs), too
 
-    Input(const Linear& w, const float* given, long count) : x(given), rows(count) {
-        if (w.order || w.in != w.columns) {
-            arranged.resize(rows * w.in);
-            for (long m = 0; m < rows; m++)
-                for (long k = 0; k < w.columns; k++) arranged[m * w.in + k] = given[m * w.columns + (w.order ? w.order[k] : k)];
-            x = arranged.data();
-        }
-        if (!w.offset) return;
-        sums.resize(rows * w.groups());
-        for (size_t i = 0; i < sums.size(); i++) {
-            const float* row = x + i / w.groups() * w.in;
-            const long first = i % w.groups() * w.width, end = std::min<long>(w.in, first + w.width);
+    void take(const Linear& w, const float* given, long count) {
+        make_room(w, given, count);
+        for (long m = 0; m < rows; m++) row(w, m);
+    }
+
+    // The two halves of it: so that threads can share the rows.
+    void make_room(const Linear& w, const float* given, long count) {
+        const bool moved = w.order || w.in != w.columns;
+        rows = count, in = w.in, groups = w.groups(), runs = w.input_width ? w.runs() : 0, given_ = given;
+        if (moved) arranged_.assign(rows * in, 0);
+        x = moved ? arranged_.data() : given;
+        if (w.offset || runs) sums.resize(rows * groups);
+        if (runs) codes.resize(rows * in), steps.resize(rows * runs);
+    }
+
+    void row(const Linear& w, long m) {
+        if (x != given_)
+            for (long k = 0; k < w.columns; k++) arranged_[m * in + k] = given_[m * w.columns + (w.order ? w.order[k] : k)];
+        if (runs) return round(w, m);
+        const float* from = x + m * in;
+        for (long g = 0; w.offset && g < groups; g++) {
             float sum = 0;
+            const long end = std::min<long>(in, (g + 1) * w.width);
 #pragma omp simd reduction(+ : sum)
-            for (long k = first; k < end; k++) sum += row[k];
-            sums[i] = sum;
+            for (long k = g * w.width; k < end; k++) sum += from[k];
+            sums[m * groups + g] = sum;
         }
+    }
+
+private:
+    const float* given_;  // (rows, columns)
+    std::vector<float> arranged_;
+
+    void round(const Linear& w, long m) {
+        const float* from = x + m * in;
+        int8_t* to = &codes[m * in];
+        float step = 0, *sum = &sums[m * groups];
+        std::fill(sum, sum + groups, 0);
+        for (long r = 0; r < runs; r++) {
+            const long first = r * w.run(), end = std::min<long>(in, first + w.run());
+            if (first % w.input_width == 0) step = step_of(from + first, std::min<long>(in - first, w.input_width));
+            const float divisor = step == 0 ? 1 : step;
+            int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+            for (long k = first; k < end; k++) {
+                const int32_t code = int32_t(std::nearbyint(from[k] / divisor));
+                to[k] = int8_t(code), count += code;
+            }
+            steps[m * runs + r] = step, sum[first / w.width] += step * count;
+        }
+    }
+
+    // The largest of so many sizes, over 127. Compared as integers, in which what is no number is larger than all that are.
+    static float step_of(const float* x, long size) {
+        int32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+        for (long k = 0; k < size; k++) {
+            int32_t bits;
+            std::memcpy(&bits, x + k, 4);
+            largest = std::max(largest, bits & 0x7fffffff);
+        }
+        float size_of_largest;
+        std::memcpy(&size_of_largest, &largest, 4);
+        const float step = size_of_largest / 127;
+        return step == 0 && largest ? 1.4e-45f : step;  // the smallest there is: a step of 0 would lose the run
     }
 };
 
@@ -93,72 +169,139 @@ constexpr int sums_of(int rows) {
     return sums;
 }
 
-// y (ROWS, 16): the products of ROWS rows of x, (ROWS, in), with one panel; sums, (ROWS, groups), are those of x.
-template <int ROWS, class Codes, class Stored>
-void panel(const Linear& w, long n, const float* x, const float* sums, float* y) {
-    constexpr int SUMS = sums_of(ROWS);
-    const Codes codes(w.table);
-    const long groups = w.groups(), in = w.in;
-    const uint8_t* p = w.codes + n * (in / CHUNK) * Codes::BYTES;
-    const Stored* scale = (const Stored*)w.scale + n * groups * LANES;
-    const Stored* offset = w.offset ? (const Stored*)w.offset + n * groups * LANES : nullptr;
-    Floats total[ROWS];
-    for (auto& t : total) t = zeros();
-    for (long g = 0; g < groups; g++) {
+// What a group adds to the sums of ROWS rows, in either arithmetic: multiplied by its inputs, not yet by its scale.
+
+template <int ROWS, class Codes>
+struct Plain {
+    static constexpr bool ROUNDS = false;
+    static constexpr int SUMS = sums_of(ROWS);
+    const Codes codes;
+    const float* x;  // (ROWS, in)
+    const long in;
+
+    Plain(const Linear& w, const Input& input, long first) : codes(w.table), x(input.x + first * w.in), in(w.in) {}
+
+    void group(const uint8_t*& p, long from, long to, Floats* total) const {
         Floats sum[ROWS][SUMS];
         for (auto& row : sum)
             for (auto& one : row) one = zeros();
-        const long end = std::min<long>(in, (g + 1) * w.width);
-        for (long k = g * w.width; k < end; k += CHUNK, p += Codes::BYTES) {
+        for (long k = from; k < to; k += CHUNK, p += Codes::BYTES)
             codes.chunk(p, [&](int i, const Floats& value) {
                 for (int m = 0; m < ROWS; m++)
                     sum[m][i % SUMS] = multiply_add(value, all(x[m * in + k + i]), sum[m][i % SUMS]);
             });
-        }
-        const Floats step = load(scale + g * LANES);
         for (int m = 0; m < ROWS; m++) {
             for (int i = 1; i < SUMS; i++) sum[m][0] = add(sum[m][0], sum[m][i]);
-            if (offset) sum[m][0] = multiply_add(load(offset + g * LANES), all(sums[m * groups + g]), sum[m][0]);
-            total[m] = multiply_add(sum[m][0], step, total[m]);
+            total[m] = sum[m][0];
+        }
+    }
+};
+
+template <int ROWS, class Codes>
+struct Rounded {
+    static constexpr bool ROUNDS = true;
+    const int8_t* x;     // (ROWS, in)
+    const float* steps;  // (ROWS, runs)
+    const long in, run, runs;
+
+    Rounded(const Linear& w, const Input& input, long first)
+        : x(&input.codes[first * w.in]), steps(&input.steps[first * input.runs]), in(w.in), run(w.run()), runs(input.runs) {}
+
+    void group(const uint8_t*& p, long from, long to, Floats* total) const {
+        for (int m = 0; m < ROWS; m++) total[m] = zeros();
+        for (long k = from, r = from / run; k < to; r++) {
+            Ints sum[ROWS];
+            for (auto& one : sum) one = all_of(0);
+            for (const long end = std::min(to, k + run); k < end; k += CHUNK, p += Codes::BYTES)
+                Codes::fours(p, [&](int i, const Words& codes) {
+                    for (int m = 0; m < ROWS; m++) {
+                        int32_t four;
+                        std::memcpy(&four, x + m * in + k + 4 * i, 4);
+                        sum[m] = Codes::times(sum[m], codes, four);
+                    }
+                });
+            for (int m = 0; m < ROWS; m++) total[m] = multiply_add(floats(sum[m]), all(steps[m * runs + r]), total[m]);
+        }
+    }
+};
+
+// y (ROWS, 16): the products of rows first, first + 1, ... with one panel.
+template <int ROWS, class Arithmetic, class Codes, class Stored>
+void panel(const Linear& w, long n, const Input& input, long first, float* y) {
+    const Arithmetic arithmetic(w, input, first);
+    const long groups = w.groups(), in = w.in;
+    const uint8_t* p = w.codes + n * (in / CHUNK) * Codes::BYTES;
+    const Stored* scale = (const Stored*)w.scale + n * groups * LANES;
+    const Stored* offset = w.offset ? (const Stored*)w.offset + n * groups * LANES : nullptr;
+    const float* sums = input.sums.data() + first * groups;
+    // In sums of bytes every code is short of its value by the same.
+    const Floats base = all(Arithmetic::ROUNDS ? w.base() : 0);
+    Floats total[ROWS], sum[ROWS];
+    for (auto& t : total) t = zeros();
+    for (long g = 0; g < groups; g++) {
+        arithmetic.group(p, g * w.width, std::min<long>(in, (g + 1) * w.width), sum);
+        const Floats step = load(scale + g * LANES), more = offset ? add(load(offset + g * LANES), base) : base;
+        for (int m = 0; m < ROWS; m++) {
+            if (Arithmetic::ROUNDS || offset) sum[m] = multiply_add(more, all(sums[m * groups + g]), sum[m]);
+            total[m] = multiply_add(sum[m], step, total[m]);
         }
     }
     for (int m = 0; m < ROWS; m++) store(y + m * LANES, total[m]);
 }
 
 template <class Codes, class Stored, int ROWS = TILE>
-void tile(int rows, const Linear& w, long n, const float* x, const float* sums, float* y) {
+void tile(int rows, const Linear& w, long n, const Input& input, long first, float* y) {
     if constexpr (ROWS > 0) {
-        if (rows == ROWS) panel<ROWS, Codes, Stored>(w, n, x, sums, y);
-        else tile<Codes, Stored, ROWS - 1>(rows, w, n, x, sums, y);
+        if (rows < ROWS) tile<Codes, Stored, ROWS - 1>(rows, w, n, input, first, y);
+        else if (w.input_width) panel<ROWS, Rounded<ROWS, Codes>, Codes, Stored>(w, n, input, first, y);
+        else panel<ROWS, Plain<ROWS, Codes>, Codes, Stored>(w, n, input, first, y);
     }
 }
 
-// The same of a weight of 32 bits, whose rows are read one after another.
-inline void plain(int rows, const Linear& w, long n, const float* x, float* y) {
-    const float* weight = (const float*)w.codes;
-    for (long j = 0; j < w.stored(n); j++) {
-        const float* row = weight + (n * LANES + j) * w.columns;
-        for (int m = 0; m < rows; m++) {
-            Floats sum[4] = {zeros(), zeros(), zeros(), zeros()};
-            long k = 0;
-            for (; k + 4 * LANES <= w.columns; k += 4 * LANES)
-                for (int i = 0; i < 4; i++)
-                    sum[i] = multiply_add(load(row + k + i * LANES), load(x + m * w.in + k + i * LANES), sum[i]);
-            float rest = sum_of(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
-            for (; k < w.columns; k++) rest += row[k] * x[m * w.in + k];
-            y[m * LANES + j] = rest;
+// The same of a weight of 32 bits: ROWS rows of x times OUT rows of the weight, which are read one after another.
+template <int ROWS, int OUT>
+void dots(const float* x, const float* weight, long columns, float* y) {
+    Floats sum[ROWS][OUT];
+    for (auto& row : sum)
+        for (auto& one : row) one = zeros();
+    long k = 0;
+    for (; k + LANES <= columns; k += LANES) {
+        Floats part[ROWS];
+        for (int m = 0; m < ROWS; m++) part[m] = load(x + m * columns + k);
+        for (int j = 0; j < OUT; j++) {
+            const Floats values = load(weight + j * columns + k);
+            for (int m = 0; m < ROWS; m++) sum[m][j] = multiply_add(values, part[m], sum[m][j]);
         }
     }
+    for (int m = 0; m < ROWS; m++)
+        for (int j = 0; j < OUT; j++) {
+            float rest = sum_of(sum[m][j]);
+            for (long i = k; i < columns; i++) rest += weight[j * columns + i] * x[m * columns + i];
+            y[m * LANES + j] = rest;
+        }
+}
+
+template <int ROWS>
+void plain_tile(const Linear& w, long n, const float* x, float* y) {
+    const float* weight = (const float*)w.codes + n * LANES * w.columns;
+    long j = 0;
+    for (; j + 4 <= w.stored(n); j += 4) dots<ROWS, 4>(x, weight + j * w.columns, w.columns, y + j);
+    for (; j < w.stored(n); j++) dots<ROWS, 1>(x, weight + j * w.columns, w.columns, y + j);
+}
+
+inline void plain(int rows, const Linear& w, long n, const float* x, float* y) {
+    int m = 0;
+    for (; m + 4 <= rows; m += 4) plain_tile<4>(w, n, x + m * w.columns, y + m * LANES);
+    for (; m < rows; m++) plain_tile<1>(w, n, x + m * w.columns, y + m * LANES);
 }
 
 // y (rows, 16), rows up to TILE: the products of rows first, first + 1, ... with panel n, and the bias.
 inline void product(const Linear& w, long n, const Input& input, long first, int rows, float* y) {
-    const float *x = input.x + first * w.in, *sums = input.sums.data() + first * w.groups();
-    if (w.bits == 32) plain(rows, w, n, x, y);
-    else if (w.bits == 4 && w.half) tile<Four, uint16_t>(rows, w, n, x, sums, y);
-    else if (w.bits == 4) tile<Four, float>(rows, w, n, x, sums, y);
-    else if (w.half) tile<Eight, uint16_t>(rows, w, n, x, sums, y);
-    else tile<Eight, float>(rows, w, n, x, sums, y);
+    if (w.bits == 32) plain(rows, w, n, input.x + first * w.in, y);
+    else if (w.bits == 4 && w.half) tile<Four, uint16_t>(rows, w, n, input, first, y);
+    else if (w.bits == 4) tile<Four, float>(rows, w, n, input, first, y);
+    else if (w.half) tile<Eight, uint16_t>(rows, w, n, input, first, y);
+    else tile<Eight, float>(rows, w, n, input, first, y);
     for (int m = 0; w.bias && m < rows; m++)
         for (long j = 0; j < w.stored(n); j++) y[m * LANES + j] += w.bias[n * LANES + j];
 }

@@ -1,11 +1,15 @@
-// A whole step of decoding: one new token for each of several sequences, through all layers of a Llama-family model.
+// A step: new tokens of several sequences, one of each or a stretch of one, through all layers of a Llama-family model.
 //
 // All threads run the same code and share out the panels of each product and the heads of attention. What each needs whole,
-// the normed rows, each computes for itself: that is cheaper than waiting for another. They wait for each other five times a
-// layer. Nothing but float32 is computed with; the caller looks up the embedding.
+// the normed rows, each computes for itself: that is cheaper than waiting for another. They wait for each other six times a
+// layer. Between products nothing but float32 is computed with; the caller looks up the embedding.
 
 #pragma once
 #include <omp.h>
+
+#include <atomic>
+#include <optional>
+#include <thread>
 
 #include "product.h"
 
@@ -32,6 +36,28 @@ struct Cache {
     int64_t slots, length;
 };
 
+// Where the threads of a step wait for each other. OpenMP's own barrier puts threads to sleep as soon as the process has more
+// of them than processors, which it has when two Python threads have computed: waking one takes longer than a product.
+class Barrier {
+public:
+    explicit Barrier(int threads) : threads_(threads) {}
+    void wait() {
+        const int phase = phase_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            phase_.store(phase + 1, std::memory_order_release);
+            return;
+        }
+        for (int turn = 0; phase_.load(std::memory_order_acquire) == phase; turn++)
+            if (turn > PATIENCE) std::this_thread::yield();  // somebody else may need this processor
+    }
+
+private:
+    static constexpr int PATIENCE = 20000;  // tens of microseconds
+    const int threads_;
+    std::atomic<int> arrived_{0}, phase_{0};
+};
+
 inline void rms_norm(const float* x, const float* weight, long size, float eps, float* y) {
     float squares = 0;
 #pragma omp simd reduction(+ : squares)
@@ -51,38 +77,54 @@ inline void rotate(float* x, const float* cos, const float* sin, long half) {
     }
 }
 
+inline float dot(const float* a, const float* b, long size) {
+    Floats sum[2] = {zeros(), zeros()};
+    long i = 0;
+    for (; i + 2 * LANES <= size; i += 2 * LANES)
+        for (int j = 0; j < 2; j++) sum[j] = multiply_add(load(a + i + j * LANES), load(b + i + j * LANES), sum[j]);
+    float rest = sum_of(add(sum[0], sum[1]));
+    for (; i < size; i++) rest += a[i] * b[i];
+    return rest;
+}
+
 // out (size,): the values that a query's softmax over keys first..last mixes. keys and values (length, size).
 inline void attend(const float* query, const float* keys, const float* values, long first, long last, long size, float* scores,
                    float* out) {
     const float scale = 1 / std::sqrt(float(size));
     float largest = -INFINITY;
     for (long s = first; s <= last; s++) {
-        float dot = 0;
-        const float* key = keys + s * size;
-#pragma omp simd reduction(+ : dot)
-        for (long i = 0; i < size; i++) dot += query[i] * key[i];
-        scores[s] = dot * scale;
+        scores[s] = dot(query, keys + s * size, size) * scale;
         largest = std::max(largest, scores[s]);
     }
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (long s = first; s <= last; s++) sum += scores[s] = exp_of(scores[s] - largest);
-    for (long i = 0; i < size; i++) out[i] = 0;
-    for (long s = first; s <= last; s++) {
-        const float* value = values + s * size;
-        const float share = scores[s] / sum;
-#pragma omp simd
-        for (long i = 0; i < size; i++) out[i] += share * value[i];
+    for (long i = 0; i < size; i += LANES) {
+        const long count = std::min<long>(LANES, size - i);
+        if (count == LANES) {
+            Floats mixed[2] = {zeros(), zeros()};
+            long s = first;
+            for (; s < last; s += 2)
+                for (int j = 0; j < 2; j++) mixed[j] = multiply_add(all(scores[s + j]), load(values + (s + j) * size + i), mixed[j]);
+            if (s == last) mixed[0] = multiply_add(all(scores[s]), load(values + s * size + i), mixed[0]);
+            store(out + i, multiply(add(mixed[0], mixed[1]), all(1 / sum)));
+        } else
+            for (long j = i; j < size; j++) {
+                float mixed = 0;
+                for (long s = first; s <= last; s++) mixed += scores[s] * values[s * size + j];
+                out[j] = mixed / sum;
+            }
     }
 }
 
-// x (rows, hidden): the new tokens' embeddings on the way in. logits (rows, vocab). Row r continues the sequence in slot
-// slots[r] of the cache, where its token stands at positions[r]; no two rows share a slot.
-inline void step(const Model& model, const Cache& cache, const int64_t* slots, const int64_t* positions, float* x, float* logits,
-                 long rows, int threads) {
+// x (rows, hidden): the new tokens' embeddings on the way in. Row r continues the sequence in slot slots[r] of the cache, where
+// its token stands at positions[r]. logits (count, vocab) of the rows wanted[0], wanted[1], ...
+inline void step(const Model& model, const Cache& cache, const int64_t* slots, const int64_t* positions, float* x, long rows,
+                 const int64_t* wanted, long count, float* logits, int threads) {
     const long hidden = model.hidden, size = model.head_dim, half = size / 2, group = model.heads / model.kv_heads;
     const long q_size = model.heads * size, kv_size = model.kv_heads * size;
     std::vector<float> q(rows * q_size), k(rows * kv_size), v(rows * kv_size), mixed(rows * q_size);
+    std::optional<Barrier> barrier;
     std::vector<float> inner(rows * model.intermediate), cos(rows * half), sin(rows * half);
     for (long i = 0; i < rows * half; i++) {
         const float angle = positions[i / half] * model.inverse_frequencies[i % half];
@@ -92,13 +134,16 @@ inline void step(const Model& model, const Cache& cache, const int64_t* slots, c
 #pragma omp parallel num_threads(threads)
     {
         const long parts = omp_get_num_threads(), part = omp_get_thread_num();
+#pragma omp single
+        barrier.emplace(parts);
         std::vector<float> normed(rows * hidden), scores(cache.length);
+        Input input;
         const auto norm = [&](const float* weight) {
             for (long m = 0; m < rows; m++) rms_norm(&x[m * hidden], weight, hidden, model.eps, &normed[m * hidden]);
         };
         // This thread's share of a product, given to `put` number by number: put(row, output, value).
-        const auto share = [&](const Linear& w, const float* given, auto put) {
-            const Input input(w, given, rows);
+        const auto share = [&](const Linear& w, const float* given, long rows, auto put) {
+            input.take(w, given, rows);
             const long panels = w.panels();
             products(w, panels * part / parts, panels * (part + 1) / parts, input,
                      [&](long n, long first, int count, const float* y) {
@@ -114,42 +159,46 @@ inline void step(const Model& model, const Cache& cache, const int64_t* slots, c
         for (long l = 0; l < model.layers; l++) {
             const Layer& layer = model.layer[l];
             norm(layer.input_norm);
-            share(layer.q, normed.data(), into(q.data(), q_size));
-            share(layer.k, normed.data(), into(k.data(), kv_size));
-            share(layer.v, normed.data(), into(v.data(), kv_size));
-#pragma omp barrier
+            share(layer.q, normed.data(), rows, into(q.data(), q_size));
+            share(layer.k, normed.data(), rows, into(k.data(), kv_size));
+            share(layer.v, normed.data(), rows, into(v.data(), kv_size));
+            barrier->wait();
+            const auto head = [&](long m, long h) {  // where the cache has what row m sees with its head h
+                return ((l * cache.slots + slots[m]) * model.kv_heads + h) * cache.length * size;
+            };
             for (long unit = part; unit < rows * model.kv_heads; unit += parts) {
-                const long m = unit / model.kv_heads, h = unit % model.kv_heads, at = positions[m];
-                const float *turn = &cos[m * half], *turn_sin = &sin[m * half];
-                const long place = ((l * cache.slots + slots[m]) * model.kv_heads + h) * cache.length * size;
-                float *keys = cache.keys + place, *values = cache.values + place, *key = &k[m * kv_size + h * size];
+                const long m = unit / model.kv_heads, h = unit % model.kv_heads, place = head(m, h) + positions[m] * size;
+                float* key = &k[m * kv_size + h * size];
                 if (layer.k_norm) rms_norm(key, layer.k_norm, size, model.eps, key);
-                rotate(key, turn, turn_sin, half);
-                std::memcpy(keys + at * size, key, size * sizeof(float));
-                std::memcpy(values + at * size, &v[m * kv_size + h * size], size * sizeof(float));
-                const long first = layer.window ? std::max<long>(0, at - layer.window + 1) : 0;
-                for (long i = h * group; i < (h + 1) * group; i++) {
-                    float* query = &q[m * q_size + i * size];
-                    if (layer.q_norm) rms_norm(query, layer.q_norm, size, model.eps, query);
-                    rotate(query, turn, turn_sin, half);
-                    attend(query, keys, values, first, at, size, scores.data(), &mixed[m * q_size + i * size]);
-                }
+                rotate(key, &cos[m * half], &sin[m * half], half);
+                std::memcpy(cache.keys + place, key, size * sizeof(float));
+                std::memcpy(cache.values + place, &v[m * kv_size + h * size], size * sizeof(float));
             }
-#pragma omp barrier
-            share(layer.o, mixed.data(), onto_x);
-#pragma omp barrier
+            barrier->wait();
+            for (long unit = part; unit < rows * model.heads; unit += parts) {
+                const long m = unit / model.heads, i = unit % model.heads, place = head(m, i / group), at = positions[m];
+                float* query = &q[m * q_size + i * size];
+                if (layer.q_norm) rms_norm(query, layer.q_norm, size, model.eps, query);
+                rotate(query, &cos[m * half], &sin[m * half], half);
+                const long first = layer.window ? std::max<long>(0, at - layer.window + 1) : 0;
+                attend(query, cache.keys + place, cache.values + place, first, at, size, scores.data(), &mixed[m * q_size + i * size]);
+            }
+            barrier->wait();
+            share(layer.o, mixed.data(), rows, onto_x);
+            barrier->wait();
             norm(layer.post_norm);
-            share(layer.gate, normed.data(), into(inner.data(), model.intermediate));
-            share(layer.up, normed.data(), [&](long m, long n, float value) {
+            share(layer.gate, normed.data(), rows, into(inner.data(), model.intermediate));
+            share(layer.up, normed.data(), rows, [&](long m, long n, float value) {
                 float& gate = inner[m * model.intermediate + n];  // its panel is this thread's too
                 gate = gate / (1 + exp_of(-gate)) * value;
             });
-#pragma omp barrier
-            share(layer.down, inner.data(), onto_x);
-#pragma omp barrier
+            barrier->wait();
+            share(layer.down, inner.data(), rows, onto_x);
+            barrier->wait();
         }
-        norm(model.norm);
-        share(model.head, normed.data(), into(logits, model.head.out));
+        for (long m = 0; m < count; m++)
+            rms_norm(&x[wanted[m] * hidden], model.norm, hidden, model.eps, &normed[m * hidden]);
+        share(model.head, normed.data(), count, into(logits, model.head.out));
     }
 }
 

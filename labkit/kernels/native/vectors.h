@@ -1,4 +1,5 @@
-// A vector of 16 numbers in what the processor has: AVX-512, or AVX2 with FMA and F16C.
+// A vector of 16 numbers, and one of 16 times four bytes, in what the processor has: AVX-512 (with VNNI for the bytes, where it
+// has that too), or AVX2 with FMA and F16C.
 
 #pragma once
 #include <cmath>
@@ -13,7 +14,11 @@ constexpr int LANES = 16;
 
 #if defined(__AVX512F__)
 
+#if defined(__AVX512VNNI__)
+constexpr const char* ARITHMETIC = "AVX-512 with VNNI";
+#else
 constexpr const char* ARITHMETIC = "AVX-512";
+#endif
 constexpr int TILE = 8;    // rows of x at once: as many sums as registers can hold
 constexpr int CHAINS = 8;  // sums that must run beside each other, since each addition waits four cycles for the last
 using Floats = __m512;
@@ -24,11 +29,10 @@ inline Floats zeros() { return _mm512_setzero_ps(); }
 inline Floats all(float x) { return _mm512_set1_ps(x); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline float sum_of(Floats x) { return _mm512_reduce_add_ps(x); }
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline Floats load(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-inline Floats load(const int8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-}
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 inline Words words(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Table table_of(const float* p) { return load(p); }
@@ -37,6 +41,36 @@ template <int I>
 inline Floats look_up(Table table, Words codes) {
     return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * I), table);
 }
+// The I-th byte of each word, with its sign.
+template <int I>
+inline Floats byte(Words bytes) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(bytes, 24 - 8 * I), 24));
+}
+inline Words low_halves(Words bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+inline Words high_halves(Words bytes) { return low_halves(_mm512_srli_epi16(bytes, 4)); }
+
+using Ints = __m512i;
+inline Ints all_of(int32_t x) { return _mm512_set1_epi32(x); }
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Floats floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+#if defined(__AVX512VNNI__)
+inline Ints dot(Ints sum, Words codes, int32_t x) { return _mm512_dpbusd_epi32(sum, codes, all_of(x)); }
+constexpr int BELOW = 128;  // the bytes get rid of their sign by adding so much
+inline Ints dot_signed(Ints sum, Words bytes, int32_t x) {
+    return dot(sum, _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)), x);
+}
+#else
+inline Ints dot(Ints sum, Words codes, int32_t x) {
+    const Ints pairs = _mm512_maddubs_epi16(codes, all_of(x));  // up to 2 * 128 * 127: no pair overflows
+    return add(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+constexpr int BELOW = 0;
+inline Ints dot_signed(Ints sum, Words bytes, int32_t x) {
+    const Ints four = all_of(x), signs = _mm512_mask_sub_epi8(four, _mm512_movepi8_mask(bytes), _mm512_setzero_si512(), four);
+    const Ints pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(bytes), signs);
+    return add(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+#endif
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
@@ -53,13 +87,16 @@ inline Floats multiply_add(Floats x, Floats y, Floats z) {
     return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
 inline Floats add(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline Floats multiply(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline float sum_of(Floats x) {
+    const __m256 eight = _mm256_add_ps(x.a, x.b);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
 inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline Floats load(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
-}
-inline Floats load(const int8_t* p) {
-    __m128i bytes = _mm_loadu_si128((const __m128i*)p);
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 }
 inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
 inline Words words(const uint8_t* p) {
@@ -75,17 +112,44 @@ template <int I>
 inline Floats look_up(Table table, Words codes) {
     return {look_up_half(table, _mm256_srli_epi32(codes.a, 4 * I)), look_up_half(table, _mm256_srli_epi32(codes.b, 4 * I))};
 }
+template <int I>
+inline __m256 byte_of_half(__m256i bytes) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(bytes, 24 - 8 * I), 24));
+}
+// The I-th byte of each word, with its sign.
+template <int I>
+inline Floats byte(Words bytes) {
+    return {byte_of_half<I>(bytes.a), byte_of_half<I>(bytes.b)};
+}
+inline __m256i low_half(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+inline Words low_halves(Words bytes) { return {low_half(bytes.a), low_half(bytes.b)}; }
+inline Words high_halves(Words bytes) { return low_halves({_mm256_srli_epi16(bytes.a, 4), _mm256_srli_epi16(bytes.b, 4)}); }
+
+using Ints = Words;
+inline Ints all_of(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline Ints add(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline Floats floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline __m256i dot_half(__m256i sum, __m256i codes, __m256i x) {
+    const __m256i pairs = _mm256_maddubs_epi16(codes, x);  // up to 2 * 128 * 127: no pair overflows
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline Ints dot(Ints sum, Words codes, int32_t x) {
+    const __m256i four = _mm256_set1_epi32(x);
+    return {dot_half(sum.a, codes.a, four), dot_half(sum.b, codes.b, four)};
+}
+constexpr int BELOW = 0;
+inline Ints dot_signed(Ints sum, Words bytes, int32_t x) {
+    const __m256i four = _mm256_set1_epi32(x);
+    return {dot_half(sum.a, _mm256_abs_epi8(bytes.a), _mm256_sign_epi8(four, bytes.a)),
+            dot_half(sum.b, _mm256_abs_epi8(bytes.b), _mm256_sign_epi8(four, bytes.b))};
+}
 
 #else
 #error "the kernel wants a processor with AVX2 or AVX-512"
 #endif
 
-inline float sum_of(Floats x) {
-    float v[LANES], sum = 0;
-    store(v, x);
-    for (float one : v) sum += one;
-    return sum;
-}
+// dot: sum + the four bytes of each lane, 0 to 15, times the four of x, -127 to 127. dot_signed: bytes from -128 to 127,
+// to each of which BELOW was added, so that BELOW times the sum of x's bytes is still to be taken off.
 
 // e^x to a few units in the last place (the polynomial of Moshier's Cephes), in a form that compilers make vectors of.
 inline float exp_of(float x) {

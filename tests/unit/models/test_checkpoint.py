@@ -27,7 +27,7 @@ rules:
   - {match: "*.0.*.q_proj", weight: int4 g64 asym, method: gptq, options: {act_order: true}}
   - {match: "*.k_proj", weight: nf4 b64 scale=fp32, method: rtn}
   - {match: "*.v_proj", weight: "fp8_e4m3 128x128", method: rtn}
-  - {match: "*.mlp.*", weight: int3 g64, method: rtn}
+  - {match: "*.mlp.*", weight: int3 g64, method: rtn, input: int8 g32 narrow scale=fp32}
 """
 
 
@@ -58,6 +58,7 @@ def parts(tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
 def test_the_round_trip_is_exact(mixed: models.Llama, saved: Path) -> None:
     again = models.load(saved)
     for (name, theirs), mine in zip(mixed.linears().items(), again.linears().values(), strict=True):
+        assert mine.input == theirs.input and (mine.input is not None) == (".mlp." in name), name
         if not isinstance(theirs.weight, QuantizedTensor):
             assert torch.equal(mine.weight, theirs.weight), name
             continue

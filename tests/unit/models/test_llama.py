@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from labkit.models import GrowingCache, Linear, visible
-from labkit.quant import QuantSpec, rtn
+from labkit.quant import QuantSpec, encode, fit, rtn
 
 from .conftest import random_llama
 
@@ -62,6 +62,21 @@ def test_a_linear_takes_a_quantized_weight_and_gives_it_back(bias: bool) -> None
     linear.weight = weight * 2
     torch.testing.assert_close(linear(x), x @ (2 * weight).T + (linear.bias if bias else 0))
     assert (linear.out_features, linear.in_features) == (32, 64)
+
+
+def test_a_linear_rounds_what_it_multiplies_where_it_has_a_grid_for_it() -> None:
+    weight, x, grid = torch.randn(32, 64), torch.randn(3, 64), QuantSpec.parse("int4 channel")
+    seen = encode(x, grid, fit(x, grid)).dequantize()
+    linear = Linear(weight)
+    before = linear(x)
+    for held in (weight, rtn(weight, QuantSpec.parse("int4 g32 asym"))):
+        linear.weight, linear.input = held, grid
+        dense = held if isinstance(held, torch.Tensor) else held.dequantize()
+        torch.testing.assert_close(linear(x), seen @ dense.T)
+        assert "input int4 channel" in repr(linear)
+        linear.input = None
+        torch.testing.assert_close(linear(x), x @ dense.T)  # the kernel that rounded is gone
+    assert not torch.allclose(before, seen @ weight.T, atol=0.01)
 
 
 def test_the_steps_of_the_pass_are_the_pass(tokens: torch.Tensor) -> None:

@@ -44,6 +44,11 @@ SHIPPED = {  # name: (spec, method, act_order), as the name says
     "w4a16-mxfp4-g32": ("fp4_e2m1 g32 scale=e8m0", "rtn", None),
     "w4a16-nvfp4-g16": ("fp4_e2m1 g16 scale=(fp8_e4m3 tensor scale=fp32)", "rtn", None),
 }
+ROUNDED = {  # what is multiplied is rounded too: (spec, method, input, the head's spec)
+    "w4a8-rtn-g32": ("int4 g32 asym", "rtn", "int8 g32 narrow scale=fp32", "int8 g64"),
+    "w4a8-gptq-g64": ("int4 g64 asym", "gptq", "int8 g32 narrow scale=fp32", "int8 g64"),
+    "w8a8-rtn-channel": ("int8 channel narrow", "rtn", "int8 channel narrow scale=fp32", None),
+}
 TRANSFORM = {"awq": "awq_scale", "rotate": "rotate"}
 
 
@@ -61,8 +66,24 @@ def test_a_shipped_recipe_does_what_its_name_says(name: str) -> None:
     assert [step.name for step in recipe.transforms] == [TRANSFORM[w] for w in words if w in TRANSFORM]
 
 
+@pytest.mark.parametrize("name", ROUNDED)
+def test_a_shipped_recipe_rounds_activations_where_its_name_says(name: str) -> None:
+    spec, method, input, head = ROUNDED[name]
+    plan = Recipe.load(name).plan(LAYERS)
+    layers, heads = [plan[layer] for layer in LAYERS[:-1]], [plan[n] for n in plan if n == "lm_head"]
+    assert {(str(rule.weight), rule.method, str(rule.input)) for rule in layers} == {(spec, method, input)}
+    assert [(str(rule.weight), rule.method, str(rule.input)) for rule in heads] == ([(head, "rtn", input)] if head else [])
+
+
 def test_names_lists_what_ships() -> None:
-    assert set(names()) >= set(SHIPPED)
+    assert set(names()) >= {*SHIPPED, *ROUNDED}
+
+
+def test_the_expansion_says_what_is_rounded() -> None:
+    text = str(Recipe.load("w4a8-rtn-g32"))
+    assert "  input: int8 g32 narrow scale=fp32  # of each token, each row, 32 columns share one fp32 scale" in text
+    assert "activations are quantized where a rule names their input" in text
+    assert Recipe.parse(text) == Recipe.load("w4a8-rtn-g32") or str(Recipe.parse(text)) == text
 
 
 def test_the_first_rule_that_matches_wins() -> None:
@@ -183,6 +204,11 @@ def test_the_expansion_takes_defaults_from_the_method(monkeypatch: pytest.Monkey
         ("calibration: {windows: true}\nrules: [{match: '*', weight: keep}]", "windows must be a positive"),
         ("calibration: {window: 1}\nrules: [{match: '*', weight: keep}]", "unknown key 'window'"),
         ("name: 3\nrules: [{match: '*', weight: keep}]", "name must be a text"),
+        ("rules: [{match: '*', weight: keep, input: int8 g32}]", "leaves its layers alone, yet has the input"),
+        ("rules: [{match: '*', weight: int4 g64, method: rtn, input: 8}]", "input must be a text, found 8"),
+        ("rules: [{match: '*', weight: int4 g64, method: rtn, input: int9}]", "rule 1: .*int9"),
+        ("rules: [{match: '*', weight: int4 g64, method: rtn, input: int8 tensor}]", "tokens of different texts"),
+        ("rules: [{match: '*', weight: int4 g64, method: rtn, input: int8 b64}]", "tokens of different texts"),
     ],
 )
 def test_bad_yaml_is_refused_with_what_is_wrong(text: str, says: str) -> None:

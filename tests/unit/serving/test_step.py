@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,8 @@ from labkit.models.config import ModelConfig
 from labkit.models.llama import Llama
 from labkit.quant import QuantSpec, encode, fit
 from labkit.serving import Engine, SamplingParams
-from labkit.serving.kv_cache import KVCache
+from labkit.serving.engine import STRETCH
+from labkit.serving.kv_cache import Batch, KVCache
 from labkit.serving.step import Step
 
 PLAIN = ModelConfig(
@@ -28,7 +30,7 @@ CONFIGS = {
     "as many KV heads as heads": replace(PLAIN, kv_heads=6),
     "an untied head": replace(PLAIN, tie_embeddings=False),
 }
-SPECS = [None, "int4 g16 asym", "int8 channel", "int8 g16 asym", "int3 g8 asym", "nf4 g16"]
+SPECS = [None, "int4 g16 asym", "int8 channel", "int8 g16 asym", "int3 g8 asym", "nf4 g16", "int4 g16 asym, rounded"]
 
 
 def random_llama(config: ModelConfig, spec: str | None = None) -> Llama:
@@ -39,8 +41,9 @@ def random_llama(config: ModelConfig, spec: str | None = None) -> Llama:
         tensor.copy_(1 + 0.1 * values if "norm" in name else 0.3 * values)
     for name, linear in llama.linears().items():
         if spec is not None and name != "lm_head":
-            weight, grid = linear.weight.detach(), QuantSpec.parse(spec)
+            weight, grid = linear.weight.detach(), QuantSpec.parse(spec.removesuffix(", rounded"))
             linear.weight = encode(weight, grid, fit(weight, grid))
+            linear.input = QuantSpec.parse("int8 g8 narrow scale=fp32") if "rounded" in spec else None
     return llama
 
 
@@ -73,7 +76,7 @@ def test_equals_the_models_own_pass(config: str, spec: str | None, threads: int)
             for more in range(3):
                 new = torch.stack([text[i, length + more] for i, length in enumerate(lengths)])
                 wanted = llama(new[:, None], plain.batch(ids, 1))[:, 0]
-                found = step(new, native.batch(ids, 1))
+                found = step(new[:, None], native.batch(ids, 1))
                 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
             for ours, theirs in ((native.keys, plain.keys), (native.values, plain.values)):
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -89,7 +92,54 @@ def test_scores_beyond_what_an_exponential_can_hold() -> None:
     plain, native = filled(llama, [9, 4]), filled(llama, [9, 4])
     new = torch.tensor([7, 8])
     wanted = llama(new[:, None], plain.batch([0, 1], 1))[:, 0]
-    torch.testing.assert_close(Step(llama, native)(new, native.batch([0, 1], 1)), wanted, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(
+        Step(llama, native)(new[:, None], native.batch([0, 1], 1)), wanted, rtol=1e-3, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("spec", [None, "int4 g16 asym"])
+@pytest.mark.parametrize("config", ["plain", "windows", "normed queries and keys"])
+@torch.inference_mode()
+def test_stretches_of_a_text_equal_one_pass_over_it(config: str, spec: str | None) -> None:
+    llama = random_llama(CONFIGS[config], spec)
+    plain, native = filled(llama, [3, 5]), filled(llama, [3, 5])
+    text = texts(llama, 1)
+    wanted = llama(text[:, 5:38], plain.batch([1], 33))[:, -1]
+    step = Step(llama, native)
+    for start, end in ((5, 6), (6, 15), (15, 38)):
+        found = step(text[:, start:end], native.batch([1], end - start))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    torch.testing.assert_close(native.keys, plain.keys, rtol=1e-4, atol=1e-4)
+    both = text[:, :4].view(2, 2)  # two tokens of each of two sequences
+    wanted = llama(both, plain.batch([0, 1], 2))[:, -1]
+    found = step(both, native.batch([0, 1], 2))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_a_long_prompt_is_read_in_stretches_and_no_further_once_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = models.quantize(models.load("tiny"), "w4a8-rtn-g32")
+    prompt = "It was the whale that we had seen before. " * 20
+    params, tokens = SamplingParams(max_tokens=8, ignore_eos=True), len(tiny.tokenizer.encode(prompt))
+    read: list[int] = []
+    submitted, cancelled = threading.Event(), []
+    whole = Step.__call__
+
+    def watched(self: Step, tokens: Tensor, batch: Batch) -> Tensor:
+        read.append(tokens.shape[1])
+        submitted.wait(20)
+        for stream in cancelled:
+            stream.cancel()
+        return whole(self, tokens, batch)
+
+    monkeypatch.setattr(Step, "__call__", watched)
+    with Engine(tiny) as engine, Engine(tiny, native=False) as plain:
+        submitted.set()
+        assert engine.generate([prompt], params)[0].text == plain.generate([prompt], params)[0].text
+        assert tokens > 2 * STRETCH and max(read) == STRETCH and sum(read) == tokens + 7
+        read.clear(), submitted.clear()
+        cancelled.append(engine.submit(prompt, params))
+        submitted.set()
+        assert cancelled[0].result(20).finish_reason == "cancelled" and read == [STRETCH]
 
 
 @torch.inference_mode()
@@ -98,7 +148,9 @@ def test_one_row_of_many_is_stepped_alone() -> None:
     plain, native = filled(llama, [4, 6, 5]), filled(llama, [4, 6, 5])
     new = torch.tensor([7])
     wanted = llama(new[:, None], plain.batch([1], 1))[:, 0]
-    torch.testing.assert_close(Step(llama, native)(new, native.batch([1], 1)), wanted, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        Step(llama, native)(new[:, None], native.batch([1], 1)), wanted, rtol=1e-4, atol=1e-3
+    )
     torch.testing.assert_close(native.keys, plain.keys, rtol=1e-4, atol=1e-4)
 
 
