@@ -9,6 +9,7 @@ from labkit.models.choices import Choices, choices, confidence, pick
 from labkit.models.config import ModelConfig
 from labkit.models.evaluate import Report, compare, evaluate, sizes
 from labkit.models.fisher import fisher
+from labkit.models.kv import KVSpec
 from labkit.models.llama import Cache, GrowingCache, Linear, Llama, visible
 from labkit.models.off_grid import off_grid
 from labkit.models.protocol import Protocol, calibration_windows, protocol_for
@@ -30,6 +31,7 @@ __all__ = [
     "Choices",
     "Cost",
     "GrowingCache",
+    "KVSpec",
     "Linear",
     "Llama",
     "Made",

@@ -165,7 +165,7 @@ def load(folder: Path | str) -> Llama:
     for name, weight in weights.items():
         rule = recipe.rule_for(name)
         linears[name].weight, linears[name].input = weight, None if rule is None else rule.input
-    model.seed, model.made = made.model_seed, made
+    model.seed, model.made, model.kv = made.model_seed, made, recipe.kv
     return model
 
 

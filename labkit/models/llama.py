@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from labkit import kernels
 from labkit.models.config import ModelConfig
+from labkit.models.kv import KVSpec
 from labkit.models.tokenizer import Tokenizer
 from labkit.quant import QuantizedTensor, QuantSpec
 
@@ -169,7 +170,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.kv = layer, config.head_dim, KVSpec()
         self.q_proj = _linear(config.hidden_size, config.heads * config.head_dim, config.qkv_bias)
         self.k_proj = _linear(config.hidden_size, config.kv_heads * config.head_dim, config.qkv_bias)
         self.v_proj = _linear(config.hidden_size, config.kv_heads * config.head_dim, config.qkv_bias)
@@ -182,7 +183,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(split)).transpose(1, 2)  # (B, heads, T, head_dim)
         k = self.k_norm(self.k_proj(x).view(split)).transpose(1, 2)  # (B, kv_heads, T, head_dim)
         v = self.v_proj(x).view(split).transpose(1, 2)  # (B, kv_heads, T, head_dim)
-        k, v, mask = cache.update(self.layer, rotate(k, rotary), v)  # (B, kv_heads, S, head_dim)
+        k, v, mask = cache.update(self.layer, *self.kv.round(rotate(k, rotary), v))  # (B, kv_heads, S, head_dim)
         y = F.scaled_dot_product_attention(rotate(q, rotary), k, v, attn_mask=mask, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, hidden)
 
@@ -266,6 +267,20 @@ class Llama(nn.Module):
                 f"model {self.name!r} came without a tokenizer.json; put one beside its config.json"
             )
         return self._tokenizer
+
+    @property
+    def kv(self) -> KVSpec:
+        """What keys and values are kept in. Assign it for all layers."""
+        return self._attentions[0].kv
+
+    @kv.setter
+    def kv(self, kv: KVSpec) -> None:
+        for attention in self._attentions:
+            attention.kv = kv
+
+    @property
+    def _attentions(self) -> list[Attention]:
+        return [module for module in self.modules() if isinstance(module, Attention)]
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -88,6 +88,7 @@ def quantize(
         grids = {name: rule.weight for name, rule in plan.items() if rule.weight is not None}
         stats = None if tokens is None else ModelStats(tokens, grids, progress)
         TRANSFORMS[step.name](work, stats, **step.options)
+    work.kv = recipe.kv
     linears = work.linears()
     done: dict[str, QuantizedTensor] = {}
     fallbacks: list[str] = []

@@ -11,6 +11,7 @@
         method: gptq
         options: {act_order: true}
         input: int8 g32 narrow scale=fp32  # the grid of the activations; left out, they stay as they are
+    kv: {key: fp16, value: fp16} # what keys and values are kept in; left out, they stay in fp32
     train: {steps: 1000}         # quantization-aware training afterwards; may be left out
 
 A recipe's name follows the field: w4a16-gptq-g64 has 4-bit weights, activations that are not quantized
@@ -30,6 +31,7 @@ from typing import Any
 
 import yaml
 
+from labkit.models.kv import KVSpec
 from labkit.models.transforms import TRANSFORMS
 from labkit.quant import METHODS, QuantSpec
 from labkit.quant.methods import Method
@@ -132,14 +134,15 @@ class Training:
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Transforms of the whole model in order, which keep its function; then, for each layer, the first rule
-    that matches its name. What none matches is left alone. With ``train`` the layers are trained on their
-    grids afterwards.
+    that matches its name. What none matches is left alone. ``kv`` is what keys and values are kept in. With
+    ``train`` the layers are trained on their grids afterwards.
     """
 
     rules: tuple[Rule, ...]
     transforms: tuple[Transform, ...] = ()
     name: str = "unnamed"
     calibration: Calibration = Calibration()
+    kv: KVSpec = field(default_factory=KVSpec)
     train: Training | None = None
 
     @classmethod
@@ -184,7 +187,7 @@ class Recipe:
     def from_dict(cls, tree: Any, *, where: str = "recipe", name: str = "unnamed") -> Recipe:
         """A recipe from what ``to_dict`` or YAML gives. Raises ValueError as ``parse`` does."""
         _keys(
-            tree, required={"rules"}, optional={"name", "calibration", "transforms", "train"}, where=where
+            tree, required={"rules"}, optional={"name", "calibration", "transforms", "kv", "train"}, where=where
         )
         if not isinstance(tree["rules"], list) or not tree["rules"]:
             raise ValueError(f"{where}: rules must be a list of at least one rule, found {tree['rules']!r}")
@@ -196,6 +199,7 @@ class Recipe:
         transforms = tuple(_transform(t, f"{where}, transform {i}") for i, t in enumerate(steps, start=1))
         calibration, train = tree.get("calibration", {}), tree.get("train")
         _keys(calibration, optional={f.name for f in fields(Calibration)}, where=f"{where}, calibration")
+        _keys(kv := tree.get("kv", {}), optional={f.name for f in fields(KVSpec)}, where=f"{where}, kv")
         if train is not None:
             _keys(train, optional={f.name for f in fields(Training)}, where=f"{where}, train")
         try:
@@ -204,6 +208,7 @@ class Recipe:
                 transforms=transforms,
                 name=name,
                 calibration=Calibration(**calibration),
+                kv=KVSpec(**kv),
                 train=None if train is None else Training(**train),
             )
         except ValueError as error:
@@ -231,6 +236,8 @@ class Recipe:
                 else {"name": t.name}
                 for t in self.transforms
             ]
+        if self.kv != KVSpec():
+            tree["kv"] = asdict(self.kv)
         if self.train is not None:
             tree["train"] = asdict(self.train)
         return tree
@@ -330,6 +337,7 @@ class Recipe:
                 lines += [f"    {key}: {_inline(value)}" for key, value in options.items()]
             if rule.input is not None:
                 lines.append(f"  input: {rule.input}  # of each token, {describe(rule.input)}")
+        lines.append(f"kv: {{key: {self.kv.key}, value: {self.kv.value}}}  # what keys and values are kept in")
         if self.train is not None:
             lines.append(
                 "train:  # on the grids that the rules' methods found: LSQ, distilled from the original"

@@ -78,6 +78,8 @@ def train(
     saved = _read(state, work) if state is not None else None
 
     student = shared_copy(model)
+    if not control:
+        student.kv = recipe.kv
     layers = _layers(model, student, recipe, specs, control, seed, methods, saved is not None, progress)
     parameters = [p for layer in layers for p in (layer.v, layer.s, layer.beta) if p is not None]
     adam, rates = _optimizer(layers, recipe.train)

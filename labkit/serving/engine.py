@@ -63,7 +63,7 @@ class Engine:
         self.model = model
         self.max_batch, self.max_len = max_batch, min(max_len, model.config.max_positions)
         self._scheduler = Scheduler(max_batch)
-        self._cache = KVCache(model.config, max_batch=max_batch, max_len=self.max_len)
+        self._cache = KVCache(model.config, max_batch=max_batch, max_len=self.max_len, kv=model.kv)
         self._native = Step(model, self._cache) if native and Step.why_not(model) is None else None
         self._ids = itertools.count()
         # New requests, and None to wake the thread. A SimpleQueue may be written to from a finalizer.

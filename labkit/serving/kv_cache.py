@@ -7,6 +7,7 @@ nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from labkit.models.config import ModelConfig
+from labkit.models.kv import KVSpec
 from labkit.models.llama import visible
 
 
@@ -23,12 +25,14 @@ class KVCache:
 
     A request is known by its id: ``add`` gives it a row, ``batch`` makes what the model is called with to
     append tokens, ``remove`` frees the row. Memory is taken when a position is first written, not before.
+
+    kv  what they are kept in; it should be the model's own, whose pass rounds them to it
     """
 
-    def __init__(self, config: ModelConfig, *, max_batch: int, max_len: int) -> None:
+    def __init__(self, config: ModelConfig, *, max_batch: int, max_len: int, kv: KVSpec | None = None) -> None:
         self.config, self.max_batch, self.max_len = config, max_batch, max_len
         shape = (config.layers, max_batch, config.kv_heads, max_len, config.head_dim)
-        self.keys, self.values = _zeros(shape), _zeros(shape)
+        self.keys, self.values = (_zeros(shape, dtype) for dtype in (kv or KVSpec()).dtypes)
         self._ids: list[int] = []  # by row
         self._lengths: list[int] = []  # by row: positions that are taken
 
@@ -126,17 +130,18 @@ class Batch:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keep a layer's new keys and values (B, kv_heads, T, head_dim) and give all so far, T become S."""
-        keys, values = (view[layer] for view in self._views)
-        if self._new is not None:
-            keys[:, :, self._new] = k
-            values[:, :, self._new] = v
-        else:
-            rows = torch.arange(len(self.ids))[:, None]  # (B, 1)
-            keys[rows, :, self.positions] = k.transpose(1, 2)  # (B, T, kv_heads, head_dim)
-            values[rows, :, self.positions] = v.transpose(1, 2)
+        stored = tuple(view[layer] for view in self._views)  # (B, kv_heads, S, head_dim) each
+        for into, new in zip(stored, (k, v), strict=True):
+            if self._new is not None:
+                into[:, :, self._new] = new
+            else:
+                rows = torch.arange(len(self.ids))[:, None]  # (B, 1)
+                into[rows, :, self.positions] = new.transpose(1, 2).to(into.dtype)  # (B, T, kv_heads, head_dim)
+        keys, values = (part.to(new.dtype) for part, new in zip(stored, (k, v), strict=True))
         return keys, values, self._masks[layer]
 
 
-def _zeros(shape: tuple[int, ...]) -> Tensor:
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     # numpy's zeros are pages that the system hands out when they are first written; torch writes them all.
-    return torch.from_numpy(np.zeros(shape, dtype=np.float32))
+    count = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)

@@ -34,7 +34,7 @@ class _Model(ctypes.Structure):
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = [("keys", _POINTER), ("values", _POINTER), ("slots", _LONG), ("length", _LONG)]
+    _fields_ = [("keys", _POINTER), ("values", _POINTER), ("slots", _LONG), ("length", _LONG), ("half", ctypes.c_int32)]
 
 
 class Step:
@@ -51,6 +51,8 @@ class Step:
         """What keeps this model from being stepped so, or None where nothing does."""
         if type(model) is not Llama:
             return f"{type(model).__name__} may have a pass of its own"
+        if model.kv.key != model.kv.value:
+            return f"it keeps keys and values alike, found {model.kv}"
         for name, module in model.named_modules():
             if isinstance(module, Linear):
                 reason = _why_not(module)
@@ -82,7 +84,8 @@ class Step:
             ctypes.addressof(layers), self._weight(model.lm_head),
         )  # fmt: skip
         self._cache = _Cache(
-            cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[1], cache.keys.shape[3]
+            cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[1], cache.keys.shape[3],
+            cache.keys.dtype == torch.float16,
         )
         # Of float32 weights torch's own product is faster where rows are many.
         blocks = [module for module in model.blocks.modules() if isinstance(module, Linear)]

@@ -20,6 +20,7 @@ import torch
 from labkit import models
 from labkit.files import whole_file
 from labkit.models.calibrate import Inputs, shared_copy, walk
+from labkit.models.ladder import measured_on
 from labkit.models.llama import Linear
 from labkit.quant import FellBack, QuantSpec, Stats, adaround, hessian_error, rtn
 
@@ -74,7 +75,7 @@ def main() -> None:
         tree = {
             "command": f'python tests/bench/adaround.py --spec "{args.spec}"', "model": model.name, "better": better,
             "layers": len(rows), "fallbacks": fallbacks, "seconds": seconds, "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "rows": rows,
+            **measured_on(), "rows": rows,
         }  # fmt: skip
         with whole_file(args.out) as part:
             part.write_text(json.dumps(tree, indent=1) + "\n")

@@ -32,8 +32,9 @@ struct Model {
 };
 
 struct Cache {
-    float *keys, *values;  // (layers, slots, kv_heads, length, head_dim)
+    void *keys, *values;  // (layers, slots, kv_heads, length, head_dim)
     int64_t slots, length;
+    int32_t half;  // they are float16, else float32
 };
 
 // Where the threads of a step wait for each other. OpenMP's own barrier puts threads to sleep as soon as the process has more
@@ -77,19 +78,35 @@ inline void rotate(float* x, const float* cos, const float* sin, long half) {
     }
 }
 
-inline float dot(const float* a, const float* b, long size) {
+template <class Stored>
+float dot(const float* a, const Stored* b, long size) {
     Floats sum[2] = {zeros(), zeros()};
     long i = 0;
     for (; i + 2 * LANES <= size; i += 2 * LANES)
         for (int j = 0; j < 2; j++) sum[j] = multiply_add(load(a + i + j * LANES), load(b + i + j * LANES), sum[j]);
     float rest = sum_of(add(sum[0], sum[1]));
-    for (; i < size; i++) rest += a[i] * b[i];
+    for (; i < size; i++) rest += a[i] * number(b[i]);
     return rest;
 }
 
+// out (VECTORS * 16,): the sum of weights (last + 1,) times rows first..last of values, of which one is `size` long.
+template <int VECTORS, class Stored>
+void mix(const float* weights, const Stored* values, long first, long last, long size, float factor, float* out) {
+    Floats sum[VECTORS][2];
+    for (auto& pair : sum) pair[0] = pair[1] = zeros();
+    const auto row = [&](long s, int which) {
+        const Floats weight = all(weights[s]);
+        for (int i = 0; i < VECTORS; i++) sum[i][which] = multiply_add(weight, load(values + s * size + i * LANES), sum[i][which]);
+    };
+    long s = first;
+    for (; s < last; s += 2) row(s, 0), row(s + 1, 1);
+    if (s == last) row(s, 0);
+    for (int i = 0; i < VECTORS; i++) store(out + i * LANES, multiply(add(sum[i][0], sum[i][1]), all(factor)));
+}
+
 // out (size,): the values that a query's softmax over keys first..last mixes. keys and values (length, size).
-inline void attend(const float* query, const float* keys, const float* values, long first, long last, long size, float* scores,
-                   float* out) {
+template <class Stored>
+void attend(const float* query, const Stored* keys, const Stored* values, long first, long last, long size, float* scores, float* out) {
     const float scale = 1 / std::sqrt(float(size));
     float largest = -INFINITY;
     for (long s = first; s <= last; s++) {
@@ -99,28 +116,23 @@ inline void attend(const float* query, const float* keys, const float* values, l
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (long s = first; s <= last; s++) sum += scores[s] = exp_of(scores[s] - largest);
-    for (long i = 0; i < size; i += LANES) {
-        const long count = std::min<long>(LANES, size - i);
-        if (count == LANES) {
-            Floats mixed[2] = {zeros(), zeros()};
-            long s = first;
-            for (; s < last; s += 2)
-                for (int j = 0; j < 2; j++) mixed[j] = multiply_add(all(scores[s + j]), load(values + (s + j) * size + i), mixed[j]);
-            if (s == last) mixed[0] = multiply_add(all(scores[s]), load(values + s * size + i), mixed[0]);
-            store(out + i, multiply(add(mixed[0], mixed[1]), all(1 / sum)));
-        } else
-            for (long j = i; j < size; j++) {
-                float mixed = 0;
-                for (long s = first; s <= last; s++) mixed += scores[s] * values[s * size + j];
-                out[j] = mixed / sum;
-            }
+    const float factor = 1 / sum;
+    long i = 0;
+    for (; i + 4 * LANES <= size; i += 4 * LANES) mix<4>(scores, values + i, first, last, size, factor, out + i);
+    for (; i + LANES <= size; i += LANES) mix<1>(scores, values + i, first, last, size, factor, out + i);
+    for (; i < size; i++) {
+        float mixed = 0;
+        for (long s = first; s <= last; s++) mixed += scores[s] * number(values[s * size + i]);
+        out[i] = mixed * factor;
     }
 }
 
 // x (rows, hidden): the new tokens' embeddings on the way in. Row r continues the sequence in slot slots[r] of the cache, where
 // its token stands at positions[r]. logits (count, vocab) of the rows wanted[0], wanted[1], ...
-inline void step(const Model& model, const Cache& cache, const int64_t* slots, const int64_t* positions, float* x, long rows,
-                 const int64_t* wanted, long count, float* logits, int threads) {
+template <class Stored>
+void step(const Model& model, const Cache& cache, const int64_t* slots, const int64_t* positions, float* x, long rows,
+          const int64_t* wanted, long count, float* logits, int threads) {
+    Stored *const all_keys = (Stored*)cache.keys, *const all_values = (Stored*)cache.values;
     const long hidden = model.hidden, size = model.head_dim, half = size / 2, group = model.heads / model.kv_heads;
     const long q_size = model.heads * size, kv_size = model.kv_heads * size;
     std::vector<float> q(rows * q_size), k(rows * kv_size), v(rows * kv_size), mixed(rows * q_size);
@@ -171,8 +183,8 @@ inline void step(const Model& model, const Cache& cache, const int64_t* slots, c
                 float* key = &k[m * kv_size + h * size];
                 if (layer.k_norm) rms_norm(key, layer.k_norm, size, model.eps, key);
                 rotate(key, &cos[m * half], &sin[m * half], half);
-                std::memcpy(cache.keys + place, key, size * sizeof(float));
-                std::memcpy(cache.values + place, &v[m * kv_size + h * size], size * sizeof(float));
+                keep(key, size, all_keys + place);
+                keep(&v[m * kv_size + h * size], size, all_values + place);
             }
             barrier->wait();
             for (long unit = part; unit < rows * model.heads; unit += parts) {
@@ -181,7 +193,7 @@ inline void step(const Model& model, const Cache& cache, const int64_t* slots, c
                 if (layer.q_norm) rms_norm(query, layer.q_norm, size, model.eps, query);
                 rotate(query, &cos[m * half], &sin[m * half], half);
                 const long first = layer.window ? std::max<long>(0, at - layer.window + 1) : 0;
-                attend(query, cache.keys + place, cache.values + place, first, at, size, scores.data(), &mixed[m * q_size + i * size]);
+                attend(query, all_keys + place, all_values + place, first, at, size, scores.data(), &mixed[m * q_size + i * size]);
             }
             barrier->wait();
             share(layer.o, mixed.data(), rows, onto_x);

@@ -22,6 +22,7 @@ from labkit.quant import QuantizedTensor
 MIXED = """
 name: mixed
 calibration: {windows: 2, tokens: 32}
+kv: {value: fp16}
 rules:
   - {match: lm_head, weight: int8 channel, method: rtn}
   - {match: "*.0.*.q_proj", weight: int4 g64 asym, method: gptq, options: {act_order: true}}
@@ -78,6 +79,7 @@ def test_the_round_trip_is_exact(mixed: models.Llama, saved: Path) -> None:
     assert again.tokenizer.eos_ids == mixed.tokenizer.eos_ids
     assert again.made is not None and mixed.made is not None
     assert again.made.recipe.to_dict() == mixed.made.recipe.to_dict()
+    assert again.kv == mixed.kv == models.KVSpec("fp32", "fp16")
     assert (again.made.seed, again.made.model, again.made.model_seed) == (3, "tiny", None)
 
 

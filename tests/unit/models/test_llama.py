@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from labkit.models import GrowingCache, Linear, visible
+from labkit.models import GrowingCache, KVSpec, Linear, visible
+from labkit.models.llama import WholeText
 from labkit.quant import QuantSpec, encode, fit, rtn
 
 from .conftest import random_llama
@@ -45,6 +46,26 @@ def test_only_distances_matter(tokens: torch.Tensor) -> None:
     later = Later(model.config)
     later.length = 100
     assert (model(tokens, later.expect(tokens)) - model(tokens)).abs().max() < 1e-4
+
+
+def test_keys_and_values_are_rounded_where_they_are_kept(tokens: torch.Tensor) -> None:
+    """A cache that looks at what it is given sees numbers that fp16 holds, of the one that is asked for."""
+
+    class Seen(WholeText):
+        def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):  # type: ignore[no-untyped-def]
+            for name, part in (("key", k), ("value", v)):
+                fits[name] = fits.get(name, True) and torch.equal(part, part.half().float())
+            return super().update(layer, k, v)
+
+    model, results = random_llama(), {}
+    for kv in (KVSpec(), KVSpec("fp16"), KVSpec(value="fp16"), KVSpec("fp16", "fp16")):
+        fits: dict[str, bool] = {}
+        model.kv = kv
+        results[kv] = model(tokens, Seen(model.config, tokens))
+        assert fits == {"key": kv.key == "fp16", "value": kv.value == "fp16"}
+    exact = results.pop(KVSpec())
+    for kv, found in results.items():
+        assert 0 < (found - exact).abs().max() < 0.01 * exact.abs().max(), kv
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from labkit.models.kv import KVSpec
 from labkit.models.recipe import Calibration, Recipe, Rule, names
 from labkit.quant import METHODS, QuantSpec
 
@@ -72,7 +73,7 @@ def test_a_shipped_recipe_rounds_activations_where_its_name_says(name: str) -> N
     plan = Recipe.load(name).plan(LAYERS)
     layers, heads = [plan[layer] for layer in LAYERS[:-1]], [plan[n] for n in plan if n == "lm_head"]
     assert {(str(rule.weight), rule.method, str(rule.input)) for rule in layers} == {(spec, method, input)}
-    assert [(str(rule.weight), rule.method, str(rule.input)) for rule in heads] == ([(head, "rtn", input)] if head else [])
+    assert [(str(rule.weight), rule.method, str(rule.input)) for rule in heads] == [(head, "rtn", input)] * bool(head)
 
 
 def test_names_lists_what_ships() -> None:
@@ -83,7 +84,8 @@ def test_the_expansion_says_what_is_rounded() -> None:
     text = str(Recipe.load("w4a8-rtn-g32"))
     assert "  input: int8 g32 narrow scale=fp32  # of each token, each row, 32 columns share one fp32 scale" in text
     assert "activations are quantized where a rule names their input" in text
-    assert Recipe.parse(text) == Recipe.load("w4a8-rtn-g32") or str(Recipe.parse(text)) == text
+    assert "kv: {key: fp16, value: fp16}  # what keys and values are kept in" in text
+    assert Recipe.parse(text).kv == KVSpec("fp16", "fp16") and str(Recipe.parse(text)) == text
 
 
 def test_the_first_rule_that_matches_wins() -> None:
@@ -188,7 +190,7 @@ def test_the_expansion_takes_defaults_from_the_method(monkeypatch: pytest.Monkey
         ("", "expected a mapping"),
         ("- a", "expected a mapping"),
         ("rules: []", "at least one rule"),
-        ("rule: 1", "unknown key 'rule'; known are calibration, name, rules, train, transforms"),
+        ("rule: 1", "unknown key 'rule'; known are calibration, kv, name, rules, train, transforms"),
         ("name: x", "rules missing"),
         ("rules: [{match: '*', weight: int9 g64, method: rtn}]", "rule 1: .*int9"),
         ("rules: [{match: '*', weight: int4 gg, method: rtn}]", "rule 1: .*gg"),
@@ -209,6 +211,8 @@ def test_the_expansion_takes_defaults_from_the_method(monkeypatch: pytest.Monkey
         ("rules: [{match: '*', weight: int4 g64, method: rtn, input: int9}]", "rule 1: .*int9"),
         ("rules: [{match: '*', weight: int4 g64, method: rtn, input: int8 tensor}]", "tokens of different texts"),
         ("rules: [{match: '*', weight: int4 g64, method: rtn, input: int8 b64}]", "tokens of different texts"),
+        ("kv: {key: fp8}\nrules: [{match: '*', weight: keep}]", "kv.key must be one of fp32, fp16, found 'fp8'"),
+        ("kv: {keys: fp16}\nrules: [{match: '*', weight: keep}]", "kv: unknown key 'keys'"),
     ],
 )
 def test_bad_yaml_is_refused_with_what_is_wrong(text: str, says: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from labkit import models
 from labkit.models import memory
 from labkit.models.calibrate import shared_copy
-from labkit.quant import QuantizedTensor, encode, fit, lsq
+from labkit.quant import QuantizedTensor, QuantSpec, encode, fit, lsq
 
 RECIPE = models.Recipe.parse(
     """

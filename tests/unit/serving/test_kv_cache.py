@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from labkit.models.config import ModelConfig
+from labkit.models.kv import KVSpec
 from labkit.serving.kv_cache import KVCache
 
 WINDOWS = (None, 5)
@@ -97,6 +98,23 @@ def test_joining_and_leaving_in_any_order(seed: int):
             lengths = {id: n + 1 for id, n in lengths.items()}
         assert len(referee.cache) == len(lengths)
         assert referee.cache.tokens == sum(lengths.values())
+
+
+def test_in_fp16_what_fits_comes_back_as_it_was():
+    """A model rounds keys and values before it hands them over: the cache in fp16 holds them in half the bytes."""
+    torch.manual_seed(0)
+    halves, floats = (
+        KVCache(config(), max_batch=3, max_len=20, kv=kv) for kv in (KVSpec("fp16", "fp16"), KVSpec())
+    )
+    assert 2 * halves.keys.nbytes == floats.keys.nbytes and 2 * halves.values.nbytes == floats.values.nbytes
+    for id in (0, 1):
+        halves.add(id), floats.add(id)
+    for ids, tokens in (([0], 4), ([1], 7), ([0, 1], 1), ([1], 3), ([0, 1], 2)):
+        k, v = torch.randn(2, len(ids), 2, tokens, 6).half().float()
+        found, wanted = (cache.batch(ids, tokens).update(0, k, v) for cache in (halves, floats))
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or (torch.equal(ours, theirs) and ours.dtype == theirs.dtype)
 
 
 def test_rows_of_equal_length_need_no_mask_and_are_not_copied():
