@@ -70,18 +70,19 @@ def _round_rows(
     STEPS: tl.constexpr, LOW: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    absmax = tl.zeros((BLOCK,), tl.float32)
+    lowest = tl.full((BLOCK,), float("inf"), tl.float32)
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, columns, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        absmax = tl.maximum(
-            absmax, tl.abs(tl.load(x + row * columns + k, mask=k < columns, other=0.0).to(tl.float32))
-        )
-    largest = tl.max(absmax, axis=0)
+        numbers = tl.load(x + row * columns + k, mask=k < columns, other=0.0).to(tl.float32)
+        lowest = tl.minimum(lowest, tl.where(k < columns, numbers, float("inf")))
+        highest = tl.maximum(highest, tl.where(k < columns, numbers, float("-inf")))
+    low, high = tl.min(lowest, axis=0), tl.max(highest, axis=0)
+    largest = tl.maximum(tl.abs(low), tl.abs(high))
     step = tl.div_rn(largest, tl.full((), STEPS, tl.float32))
-    smallest = tl.full((), 1, tl.int32).to(
-        tl.float32, bitcast=True
-    )  # 2**-149: a scale of 0 would erase the row
+    smallest = tl.full((), 1, tl.int32).to(tl.float32, bitcast=True)  # 2**-149: a scale of 0 would erase the row
     step = tl.where(largest > 0, tl.maximum(step, smallest), 0.0)
+    step = tl.where(low == high, largest, step)  # as fit does it: one step is the constant itself
     tl.store(scale + row, step)
     divisor = tl.zeros((BLOCK,), tl.float32) + tl.where(step == 0, 1.0, step)
     for start in range(0, columns, BLOCK):
