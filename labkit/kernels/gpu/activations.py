@@ -80,7 +80,7 @@ def _round_rows(
     low, high = tl.min(lowest, axis=0), tl.max(highest, axis=0)
     largest = tl.maximum(tl.abs(low), tl.abs(high))
     step = tl.div_rn(largest, tl.full((), STEPS, tl.float32))
-    smallest = tl.full((), 1, tl.int32).to(tl.float32, bitcast=True)  # 2**-149: a scale of 0 would erase the row
+    smallest = tl.full((), 1, tl.int32).to(tl.float32, bitcast=True)  # 2**-149: with 0 the row is lost
     step = tl.where(largest > 0, tl.maximum(step, smallest), 0.0)
     step = tl.where(low == high, largest, step)  # as fit does it: one step is the constant itself
     tl.store(scale + row, step)
