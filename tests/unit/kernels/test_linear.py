@@ -167,3 +167,19 @@ def test_also_right_on_processors_without_avx512() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     assert float(run.stdout) < TOLERANCE
+
+
+def test_kernels_for_a_gpu_are_refused_without_one_and_triton_is_not_imported() -> None:
+    with pytest.raises(ValueError, match="for a GPU, found codes on cpu"):
+        prepare(quantized("int4 g64"), "triton_gpu")
+    code = (
+        "import sys; sys.modules['triton'] = None;"  # as on macOS, where there is none
+        "import torch; from labkit.kernels import backends; from labkit.quant import QuantSpec, encode, fit;"
+        "spec = QuantSpec.parse('int4 g32'); w = torch.ones(2, 32);"
+        "print(backends(encode(w, spec, fit(w, spec)))['triton_gpu'])"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert "not installed" in run.stdout
