@@ -7,6 +7,7 @@ reals are rounded to that dtype on the way into the tensor cores, whole numbers 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from labkit.kernels.inputs import check_input, per_row, uneven_act_order, width_of
-from labkit.quant import Grid, QuantizedTensor, QuantSpec
+from labkit.quant import QuantizedTensor, QuantSpec
 
 if TYPE_CHECKING:
     from labkit.kernels.gpu.product import Words
@@ -44,7 +45,7 @@ class TritonGpu:
         if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
             return f"the kernel is for a GPU, found codes on {device}"
         if find_spec("triton") is None:
-            return "triton is not installed; it comes with torch's CUDA builds"
+            return "triton is not installed; it comes with torch's builds for GPUs"
         if weight.outliers is not None:
             return "it does not know outliers"
         if input is not None:
@@ -65,35 +66,20 @@ class TritonGpu:
     def __init__(self, weight: QuantizedTensor, input: QuantSpec | None = None):
         self.shape, self._input = weight.shape, input
         self._order = None if weight.g_idx is None else torch.argsort(weight.g_idx, stable=True)
-        codes = weight.codes if self._order is None else weight.codes[:, self._order]
-        scale, zero = weight.params.dense()
+        if self._order is not None:
+            weight = replace(weight, codes=weight.codes[:, self._order], g_idx=None)
         self._int8: tuple[Tensor, Tensor] | None = None
         self._words: Words | None = None
         if input is not None:
-            self._int8 = codes.contiguous(), per_row(scale, weight)[:, 0].contiguous()
+            self._int8 = (
+                weight.codes.contiguous(),
+                per_row(weight.params.dense()[0], weight)[:, 0].contiguous(),
+            )
             return
-        from labkit.kernels.gpu.packing import pack
         from labkit.kernels.gpu.product import Words
 
-        spec, device = weight.spec, codes.device
-        low, high = spec.code_range
-        bits = 2 if spec.bits == 2 else 4 if spec.bits <= 4 else 8
-        table = None
-        if not spec.is_integer:
-            every = torch.arange(high + 1)
-            known = None if weight.table is None else weight.table.cpu()
-            table = torch.zeros(2**bits)
-            table[: high + 1] = Grid(spec, known).dequantize(every, torch.ones(()))
-            table = table.to(device)
-        if zero is not None:
-            zero = per_row(zero, weight).T.contiguous()
-            zero = zero.byte() if spec.zero == "int" else zero
-        scale = per_row(scale, weight).T.contiguous()
-        half = scale.half()
-        self._words = Words(
-            pack((codes.int() - low).byte(), bits), half if torch.equal(half.float(), scale) else scale,
-            zero, table, bits, -low, weight.shape[1], min(width_of(weight) or STEP, weight.shape[1]),
-        )  # fmt: skip
+        with torch.cuda.device_of(weight.codes):  # Triton launches on the current device
+            self._words = Words.of(weight)
 
     @property
     def nbytes(self) -> int:
@@ -112,11 +98,12 @@ class TritonGpu:
         rows = rows if x.dtype in (torch.float16, torch.bfloat16) else rows.float()
         if self._order is not None:
             rows = rows[:, self._order]
-        if self._words is not None:
-            y = product(rows, self._words, bias)
-        else:
-            assert self._int8 is not None and self._input is not None
-            y = w8a8(rows, *self._int8, bias, narrow=self._input.narrow)
+        with torch.cuda.device_of(rows):
+            if self._words is not None:
+                y = product(rows, self._words, bias)
+            else:
+                assert self._int8 is not None and self._input is not None
+                y = w8a8(rows, *self._int8, bias, narrow=self._input.narrow)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
 
 

@@ -17,14 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from labkit.kernels.gpu.packing import codes_of
+from labkit.kernels.gpu.packing import codes_of, pack
+from labkit.kernels.inputs import per_row, width_of
+from labkit.quant import Grid, QuantizedTensor
 
 ROW = {"OUT": 32, "num_warps": 4, "num_stages": 3}  # one row
 FEW = {"OUT": 64, "ROWS": 16, "num_warps": 4, "num_stages": 4}  # up to 16
 MANY = {"OUT": 128, "ROWS": 64, "num_warps": 8, "num_stages": 3}
 ADD = {"BLOCK": 1024, "num_warps": 4}
 COLUMNS = 64  # of a step, where a group has as many
-PROGRAMS = 256  # that one product should have at least: two for each processor of the largest chips
+PROGRAMS = 256  # that one product should have at least: about two for each processor of the largest chips
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,28 @@ class Words:
     middle: int
     columns: int
     width: int
+
+    @classmethod
+    def of(cls, weight: QuantizedTensor) -> Words:
+        """``weight`` (out, columns), which has no act-order left, as ``TritonGpu.why_not`` lets it through."""
+        spec, (low, high) = weight.spec, weight.spec.code_range
+        bits = next(size for size in (2, 4, 8) if size >= spec.bits)
+        table = None
+        if not spec.is_integer:
+            known = None if weight.table is None else weight.table.cpu()
+            table = torch.zeros(2**bits)
+            table[: high + 1] = Grid(spec, known).dequantize(torch.arange(high + 1), torch.ones(()))
+            table = table.to(weight.codes.device)
+        scale, zero = weight.params.dense()
+        scale = per_row(scale, weight).T.contiguous()
+        if zero is not None:
+            zero = per_row(zero, weight).T.contiguous()
+            zero = zero.byte() if spec.zero == "int" else zero
+        half, columns = scale.half(), weight.shape[1]
+        return cls(
+            pack((weight.codes.int() - low).byte(), bits), half if torch.equal(half.float(), scale) else scale,
+            zero, table, bits, -low, columns, min(width_of(weight) or columns, columns),
+        )  # fmt: skip
 
     @property
     def step(self) -> int:

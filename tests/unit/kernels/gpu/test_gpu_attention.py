@@ -89,7 +89,7 @@ def test_more_parts_than_the_second_kernel_takes_at_once() -> None:
         quantized("int8 channel", 1, 1, 1100, 16),
         randn(1, 1, 16),
     )
-    assert off(attend(q, Held.of(k), Held.of(v)), reference(q, k, v, torch.tensor([1100])), v) < 2e-6
+    assert off(attend(q, Held.of(k), Held.of(v)), reference(q, k, v, torch.tensor([1100])), v) < 5e-6
 
 
 def test_one_token_far_above_the_others_gives_its_value_alone() -> None:

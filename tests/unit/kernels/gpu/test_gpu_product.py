@@ -37,7 +37,7 @@ shapes = given(
     out=st.integers(1, 140),
     inputs=st.integers(1, 200),
     rows=st.integers(1, 40),
-    programs=st.sampled_from([1, 3, 256]),
+    programs=st.sampled_from([1, 6, 256]),
     dtype=st.sampled_from(list(DTYPES)),
     seed=st.integers(0, 9),
 )
@@ -50,7 +50,7 @@ def test_every_format(text: str, dtype: torch.dtype) -> None:
     kernel = TritonGpu(weight)
     for rows in (1, 5, 19):
         x = randn(rows, 256, dtype=dtype)
-        with of_programs(3):  # so that there are several splits, of several steps
+        with of_programs(6):  # so that there are several splits, of several steps
             y, again = kernel(x), kernel(x)
         assert y.dtype == dtype and y.shape == (rows, 75)
         assert off(y, x, exact(weight)) < DTYPES[dtype], rows
@@ -80,7 +80,7 @@ def test_the_ends_of_codes_and_zero_points(text: str, programs: int) -> None:
     for x in (torch.zeros(3, 96), torch.full((3, 96), 1e30), torch.randn(3, 96) * 1e-30):
         for rows in (x.to(DEVICE), x[:1].to(DEVICE)):
             y = TritonGpu(weight)(rows)
-            assert bool(y.isfinite().all()) and off(y, rows, exact(weight)) < 2e-6
+            assert bool(y.isfinite().all()) and off(y, rows, exact(weight)) < 5e-6
 
 
 @pytest.mark.parametrize("row", [0, 1])
@@ -101,7 +101,7 @@ def test_a_block_of_zeros_and_a_weight_of_zeros(programs: int) -> None:
         scale[:, 1] = 0
         some = replace(weight, scale=scale)
         x = randn(2, 96)
-        assert off(TritonGpu(some)(x), x, exact(some)) < 2e-6
+        assert off(TritonGpu(some)(x), x, exact(some)) < 5e-6
         assert not TritonGpu(replace(weight, scale=torch.zeros_like(scale)))(x).any()
 
 
@@ -125,7 +125,7 @@ def test_act_order_bias_leading_axes_and_no_rows(dtype: torch.dtype) -> None:
 def test_float64_is_computed_in_float32_and_given_back() -> None:
     weight, x = quantized("int4 g32", 8, 64), randn(2, 64).double()
     y = TritonGpu(weight)(x)
-    assert y.dtype == torch.float64 and off(y, x, exact(weight)) < 2e-6
+    assert y.dtype == torch.float64 and off(y, x, exact(weight)) < 5e-6
 
 
 @given(tiles=st.integers(1, 600), columns=st.integers(1, 20000), step=st.sampled_from([16, 32, 64]))
@@ -138,7 +138,7 @@ def test_splits_cover_all_columns_in_whole_steps(tiles: int, columns: int, step:
 def test_the_dispatch_takes_it_on_a_gpu_and_the_interpreter_where_it_is_named() -> None:
     weight, x = quantized("int4 g32", 16, 64), randn(3, 64)
     named = prepare(weight, "triton_gpu")
-    assert named.backend == "triton_gpu" and off(named(x), x, exact(weight)) < 2e-6
+    assert named.backend == "triton_gpu" and off(named(x), x, exact(weight)) < 5e-6
     assert (prepare(weight).backend == "triton_gpu") == (not INTERPRETED)
     assert named.nbytes == 16 * 64 // 2 + 16 * 2 * 2
 
@@ -169,7 +169,7 @@ def test_what_it_does_not_know_is_refused() -> None:
     assert "table of its own" in str(TritonGpu.why_not(own))
     shared = replace(own, table=table[0])
     x = randn(2, 64)
-    assert TritonGpu.why_not(shared) is None and off(TritonGpu(shared)(x), x, exact(shared)) < 2e-6
+    assert TritonGpu.why_not(shared) is None and off(TritonGpu(shared)(x), x, exact(shared)) < 5e-6
     with pytest.raises(ValueError, match="64 input features"):
         TritonGpu(weight)(randn(2, 32))
     with pytest.raises(ValueError, match="no gradients"):
