@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 
@@ -54,6 +55,10 @@ PARTS: dict[str, tuple[Callable[[], bool], str]] = {
     "git": (_command("git"), "install git"),
     "make": (_command("make"), "install make"),
     "skopeo": (_command("skopeo"), PACKAGES),
+    "triton": (
+        lambda: find_spec("triton") is not None,
+        "on Linux, install torch's CUDA build, which brings it",
+    ),
     "linux": (lambda: os.path.isdir("/proc/self"), "run it on Linux"),
     "test node": (_test_node, "run `make node` as root, once"),
     "server image": (_server_image, "run `make image` as root"),
@@ -76,6 +81,9 @@ def everything_must_run() -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*parts): what the test needs beyond Python")
+    config.addinivalue_line(
+        "markers", "gpu: runs on a GPU where there is one, else in Triton's interpreter"
+    )
     os.environ["LABKIT_PROGRESS"] = "0"
     # A person's own choice of model or hub cache is not what the expected values were made with.
     for name in ("LABKIT_MODEL", "LABKIT_SHARED_CACHE", "RAY_ADDRESS"):

@@ -9,6 +9,7 @@ from torch import Size, Tensor
 from labkit.kernels.int4_cpu import Int4Cpu
 from labkit.kernels.native_cpu import NativeCpu
 from labkit.kernels.reference import Reference
+from labkit.kernels.triton_gpu import TritonGpu, interpreted
 from labkit.quant import QuantizedTensor, QuantSpec
 
 
@@ -30,7 +31,8 @@ class Prepared(Protocol):
 
 
 # In order of preference; the reference takes everything and stands last.
-BACKENDS: dict[str, type[Int4Cpu] | type[NativeCpu] | type[Reference]] = {
+BACKENDS: dict[str, type[Int4Cpu] | type[NativeCpu] | type[TritonGpu] | type[Reference]] = {
+    "triton_gpu": TritonGpu,
     "native_cpu": NativeCpu,
     "int4_cpu": Int4Cpu,
     "reference": Reference,
@@ -43,8 +45,12 @@ def backends(weight: QuantizedTensor, input: QuantSpec | None = None) -> dict[st
 
 
 def best(weight: QuantizedTensor, input: QuantSpec | None = None) -> str:
-    """The name of the backend that takes ``weight`` and ``input`` where none is named: the first that can."""
-    return next(name for name, kind in BACKENDS.items() if kind.why_not(weight, input) is None)
+    """The name of the backend that takes ``weight`` and ``input`` where none is named: the first that can.
+
+    Triton's interpreter shows that a kernel is right and is far too slow for anything else, so it must be named.
+    """
+    can = (name for name, kind in BACKENDS.items() if kind.why_not(weight, input) is None)
+    return next(name for name in can if name != "triton_gpu" or not interpreted())
 
 
 def prepare(weight: QuantizedTensor, backend: str = "auto", input: QuantSpec | None = None) -> Prepared:

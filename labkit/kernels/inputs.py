@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Size, Tensor
 
-from labkit.quant import QuantizedTensor, QuantSpec, fake_quantize, fit
+from labkit.quant import Blocks, QuantizedTensor, QuantSpec, fake_quantize, fit
 
 
 def check_input(x: Tensor, shape: Size) -> None:
@@ -40,3 +40,19 @@ def uneven_act_order(weight: QuantizedTensor, width: int) -> str | None:
     sizes = weight.g_idx.bincount()
     even = bool((sizes[:-1] == width).all()) and int(sizes[-1]) <= width
     return None if even else f"act-order groups must hold {width} columns each"
+
+
+def width_of(weight: QuantizedTensor) -> int | None:
+    """Columns of a group; None where a flat run is not a part of one row."""
+    block, columns = weight.spec.block, weight.shape[1]
+    if isinstance(block, int):
+        return block if columns % block == 0 else None
+    return Blocks(tuple(weight.shape), block).size[1]
+
+
+def per_row(part: Tensor, weight: QuantizedTensor) -> Tensor:
+    """One for each row and group, (out, groups), of one for each block; flat runs must be parts of rows."""
+    out = weight.shape[0]
+    if part.dim() == 1:
+        return part.reshape(out, -1)
+    return part.repeat_interleave(Blocks(tuple(weight.shape), weight.spec.block).size[0], dim=0)[:out]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from labkit.kernels import build
 from labkit.kernels.arena import Arena
-from labkit.kernels.inputs import check_input, not_on_a_cpu, uneven_act_order
+from labkit.kernels.inputs import check_input, not_on_a_cpu, per_row, uneven_act_order, width_of
 from labkit.quant import Blocks, Grid, QuantizedTensor, QuantSpec
 
 LANES = 16  # output features of a panel
@@ -47,7 +47,7 @@ class NativeCpu:
             return "it does not know the mean that was taken off"
         if weight.table is not None and weight.table.dim() != 1:
             return "each row has a table of its own"
-        width = _width(weight)
+        width = width_of(weight)
         if width is None:
             return f"runs of {spec.block} cross rows of {weight.shape[1]}; use groups"
         if width % CHUNK and width < weight.shape[1]:
@@ -60,7 +60,7 @@ class NativeCpu:
         self._march, self.shape, self._source, self._input = march, weight.shape, weight, input
         self._settled = False  # whether others may hold addresses of its memory, which it then never leaves
         spec, (out, columns) = weight.spec, weight.shape
-        width = _width(weight) or columns
+        width = width_of(weight) or columns
         self._width = _in_chunks(min(width, columns))
         self._input_width = 0 if input is None else _in_chunks(Blocks((1, columns), input.block).size[1])
         self._order = None if weight.g_idx is None else torch.argsort(weight.g_idx, stable=True).int()
@@ -81,10 +81,9 @@ class NativeCpu:
         self._codes = codes.to(torch.uint8).contiguous()
 
         scale, zero = weight.params.dense()
-        blocks = Blocks(tuple(weight.shape), spec.block)
-        scale = self._by_panel(scale, blocks)
+        scale = self._by_panel(scale)
         # The kernel's integers are code - middle where there is a zero point: what is left of it is an offset.
-        offset = None if zero is None else self._by_panel(middle - zero, blocks)
+        offset = None if zero is None else self._by_panel(middle - zero)
         self._table = torch.zeros(16)
         if self._bits == 4:
             values = Grid(spec, weight.table).dequantize(torch.arange(low, high + 1), torch.ones(()), None)
@@ -95,15 +94,9 @@ class NativeCpu:
         self._scale = scale.to(dtype)
         self._offset = None if offset is None else offset.to(dtype)
 
-    def _by_panel(self, part: Tensor, blocks: Blocks) -> Tensor:
+    def _by_panel(self, part: Tensor) -> Tensor:
         """One for each row and group, (panels, groups, 16) float32, of one for each block."""
-        out = self.shape[0]
-        rows = (
-            part.reshape(out, -1)
-            if part.dim() == 1
-            else part.repeat_interleave(blocks.size[0], dim=0)[:out]
-        )
-        rows = F.pad(rows.float(), (0, 0, 0, self._panels * LANES - out))  # (panels * 16, groups)
+        rows = F.pad(per_row(part, self._source).float(), (0, 0, 0, self._panels * LANES - self.shape[0]))
         return rows.view(self._panels, LANES, -1).transpose(1, 2).contiguous()
 
     def __reduce__(self) -> tuple[type[NativeCpu], tuple[object, ...]]:
@@ -183,10 +176,3 @@ def _why_not_rounded(spec: QuantSpec, width: int, input: QuantSpec, columns: int
 
 def _in_chunks(columns: int) -> int:
     return -(-columns // CHUNK) * CHUNK
-
-
-def _width(weight: QuantizedTensor) -> int | None:
-    """Columns of a group; None where a flat run is not a part of one row."""
-    if isinstance(weight.spec.block, int):
-        return weight.spec.block if weight.shape[1] % weight.spec.block == 0 else None
-    return Blocks(tuple(weight.shape), weight.spec.block).size[1]

@@ -41,8 +41,8 @@ struct Linear {
     // A run's inputs share step and scale. Of the two widths one is a multiple of the other, or as long as the row.
     long run() const { return std::min(width, input_width); }
     long runs() const { return (in + run() - 1) / run(); }
-    // What is to be added to a byte that is multiplied, so that it is a value.
-    float base() const { return bits == 4 ? table[0] : -float(BELOW); }
+    // What is to be added to a byte that is multiplied, so that it is a value: where x is rounded, values are whole numbers.
+    int32_t base() const { return bits == 4 ? int32_t(table[0]) : -BELOW; }
 };
 
 // What the two widths of codes have in common: the bytes of a chunk; its values, input after input; its codes by fours.
@@ -90,9 +90,10 @@ class Input {
 public:
     long rows, in, groups, runs;
     const float* x;             // (rows, in)
-    std::vector<float> sums;    // (rows, groups), where the weight has offsets or x is rounded
-    std::vector<int8_t> codes;  // (rows, in), where x is rounded
-    std::vector<float> steps;   // (rows, runs), too
+    std::vector<float> sums;      // (rows, groups), where the weight has offsets
+    std::vector<int8_t> codes;    // (rows, in), and what follows, where x is rounded
+    std::vector<float> steps;     // (rows, runs)
+    std::vector<int32_t> starts;  // (rows, runs): what the bytes of a run are short of their values, times the run's codes
 
     void take(const Linear& w, const float* given, long count) {
         make_room(w, given, count);
@@ -105,8 +106,8 @@ public:
         rows = count, in = w.in, groups = w.groups(), runs = w.input_width ? w.runs() : 0, given_ = given;
         if (moved) arranged_.assign(rows * in, 0);
         x = moved ? arranged_.data() : given;
-        if (w.offset || runs) sums.resize(rows * groups);
-        if (runs) codes.resize(rows * in), steps.resize(rows * runs);
+        if (w.offset) sums.resize(rows * groups);
+        if (runs) codes.resize(rows * in), steps.resize(rows * runs), starts.resize(rows * runs);
     }
 
     void row(const Linear& w, long m) {
@@ -130,8 +131,8 @@ private:
     void round(const Linear& w, long m) {
         const float* from = x + m * in;
         int8_t* to = &codes[m * in];
-        float step = 0, *sum = &sums[m * groups];
-        std::fill(sum, sum + groups, 0);
+        float step = 0, *sum = w.offset ? &sums[m * groups] : nullptr;
+        if (sum) std::fill(sum, sum + groups, 0);
         for (long r = 0; r < runs; r++) {
             const long first = r * w.run(), end = std::min<long>(in, first + w.run());
             if (first % w.input_width == 0) step = step_of(from + first, std::min<long>(in - first, w.input_width));
@@ -142,7 +143,8 @@ private:
                 const int32_t code = int32_t(std::nearbyint(from[k] / divisor));
                 to[k] = int8_t(code), count += code;
             }
-            steps[m * runs + r] = step, sum[first / w.width] += step * count;
+            steps[m * runs + r] = step, starts[m * runs + r] = w.base() * count;
+            if (sum) sum[first / w.width] += step * count;
         }
     }
 
@@ -173,7 +175,6 @@ constexpr int sums_of(int rows) {
 
 template <int ROWS, class Codes>
 struct Plain {
-    static constexpr bool ROUNDS = false;
     static constexpr int SUMS = sums_of(ROWS);
     const Codes codes;
     const float* x;  // (ROWS, in)
@@ -199,19 +200,20 @@ struct Plain {
 
 template <int ROWS, class Codes>
 struct Rounded {
-    static constexpr bool ROUNDS = true;
-    const int8_t* x;     // (ROWS, in)
-    const float* steps;  // (ROWS, runs)
+    const int8_t* x;        // (ROWS, in)
+    const float* steps;     // (ROWS, runs)
+    const int32_t* starts;  // the same
     const long in, run, runs;
 
     Rounded(const Linear& w, const Input& input, long first)
-        : x(&input.codes[first * w.in]), steps(&input.steps[first * input.runs]), in(w.in), run(w.run()), runs(input.runs) {}
+        : x(&input.codes[first * w.in]), steps(&input.steps[first * input.runs]), starts(&input.starts[first * input.runs]),
+          in(w.in), run(w.run()), runs(input.runs) {}
 
     void group(const uint8_t*& p, long from, long to, Floats* total) const {
         for (int m = 0; m < ROWS; m++) total[m] = zeros();
         for (long k = from, r = from / run; k < to; r++) {
             Ints sum[ROWS];
-            for (auto& one : sum) one = all_of(0);
+            for (int m = 0; m < ROWS; m++) sum[m] = all_of(starts[m * runs + r]);
             for (const long end = std::min(to, k + run); k < end; k += CHUNK, p += Codes::BYTES)
                 Codes::fours(p, [&](int i, const Words& codes) {
                     for (int m = 0; m < ROWS; m++) {
@@ -234,15 +236,13 @@ void panel(const Linear& w, long n, const Input& input, long first, float* y) {
     const Stored* scale = (const Stored*)w.scale + n * groups * LANES;
     const Stored* offset = w.offset ? (const Stored*)w.offset + n * groups * LANES : nullptr;
     const float* sums = input.sums.data() + first * groups;
-    // In sums of bytes every code is short of its value by the same.
-    const Floats base = all(Arithmetic::ROUNDS ? w.base() : 0);
     Floats total[ROWS], sum[ROWS];
     for (auto& t : total) t = zeros();
     for (long g = 0; g < groups; g++) {
         arithmetic.group(p, g * w.width, std::min<long>(in, (g + 1) * w.width), sum);
-        const Floats step = load(scale + g * LANES), more = offset ? add(load(offset + g * LANES), base) : base;
+        const Floats step = load(scale + g * LANES);
         for (int m = 0; m < ROWS; m++) {
-            if (Arithmetic::ROUNDS || offset) sum[m] = multiply_add(more, all(sums[m * groups + g]), sum[m]);
+            if (offset) sum[m] = multiply_add(load(offset + g * LANES), all(sums[m * groups + g]), sum[m]);
             total[m] = multiply_add(sum[m], step, total[m]);
         }
     }

@@ -21,6 +21,7 @@ INT4 = [f"int4 g{group} {kind}" for group in (32, 64, 128, 256) for kind in ("sy
     "int4 g64 asym-float scale=bf16",
     "int4 g64 asym scale=(int8 b256 asym scale=fp32)",
 ]
+ON_A_CPU = [name for name in BACKENDS if name != "triton_gpu"]
 OTHERS = ["int3 g64", "int8 channel", "nf4 b64", "mxfp4", "nvfp4", "fp8_e4m3 128x128"]
 
 
@@ -112,13 +113,13 @@ def test_act_order_is_undone() -> None:
     weight = quantized("int4 g32 asym", 32, 128)
     weight = replace(weight, g_idx=torch.randperm(128).int() // 32)
     x = torch.randn(3, 128)
-    for backend in BACKENDS:
+    for backend in ON_A_CPU:
         assert relative(prepare(weight, backend)(x), exact(x, weight)) < TOLERANCE
     uneven = replace(weight, g_idx=torch.zeros(128, dtype=torch.int32))
     assert prepare(uneven).backend == "reference"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_A_CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_leading_axes_dtype_and_no_rows(backend: str, dtype: torch.dtype) -> None:
     weight = quantized("int4 g64 asym", 40, 128)
@@ -148,7 +149,7 @@ def test_wrong_names_and_shapes_are_refused() -> None:
     vector = quantized("int4 g64", 1, 64)
     with pytest.raises(ValueError, match="out_features, in_features"):
         prepare(replace(vector, codes=vector.codes[0]))
-    for backend in BACKENDS:
+    for backend in ON_A_CPU:
         with pytest.raises(ValueError, match="512 input features"):
             prepare(weight, backend)(torch.randn(2, 256))
 
@@ -166,3 +167,19 @@ def test_also_right_on_processors_without_avx512() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     assert float(run.stdout) < TOLERANCE
+
+
+def test_kernels_for_a_gpu_are_refused_without_one_and_triton_is_not_imported() -> None:
+    with pytest.raises(ValueError, match="for a GPU, found codes on cpu"):
+        prepare(quantized("int4 g64"), "triton_gpu")
+    code = (
+        "import sys; sys.modules['triton'] = None;"  # as on macOS, where there is none
+        "import torch; from labkit.kernels import backends; from labkit.quant import QuantSpec, encode, fit;"
+        "spec = QuantSpec.parse('int4 g32'); w = torch.ones(2, 32);"
+        "print(backends(encode(w, spec, fit(w, spec)))['triton_gpu'])"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert "not installed" in run.stdout

@@ -1,0 +1,176 @@
+"""Codes times rows on the GPU: every format, odd shapes, extremes, splits, the same bits twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from on_gpu import DEVICE, DTYPES, INTERPRETED, exact, of_programs, off, quantized, randn, there
+
+from labkit.kernels import backends, prepare
+from labkit.kernels.gpu.product import split
+from labkit.kernels.triton_gpu import TritonGpu
+from labkit.quant import QuantizedTensor, QuantSpec
+
+pytestmark = pytest.mark.gpu
+
+FORMATS = [
+    *(f"int4 {width}{zero}" for width in ("g32", "g64", "g128", "channel") for zero in ("", " asym")),
+    "int4 g32 narrow",
+    "int4 tensor",
+    "int4 32x64 asym",
+    "int4 g16 asym-float scale=bf16",
+    "int4 g64 asym scale=(int8 b256 asym scale=fp32)",
+    "int2 g32",
+    "int3 g64 asym",
+    "int8 channel",
+    "int8 g64 asym",
+    "nf4 g64",
+    "mxfp4",
+    "nvfp4",
+]  # fmt: skip
+shapes = given(
+    text=st.sampled_from(FORMATS),
+    out=st.integers(1, 140),
+    inputs=st.integers(1, 200),
+    rows=st.integers(1, 40),
+    programs=st.sampled_from([1, 6, 256]),
+    dtype=st.sampled_from(list(DTYPES)),
+    seed=st.integers(0, 9),
+)
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_every_format(text: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = quantized(text, 75, 256)
+    kernel = TritonGpu(weight)
+    for rows in (1, 5, 19):
+        x = randn(rows, 256, dtype=dtype)
+        with of_programs(6):  # so that there are several splits, of several steps
+            y, again = kernel(x), kernel(x)
+        assert y.dtype == dtype and y.shape == (rows, 75)
+        assert off(y, x, exact(weight)) < DTYPES[dtype], rows
+        assert torch.equal(y, again), "the same input must give the same bits"
+
+
+@settings(max_examples=30, deadline=None)
+@shapes
+def test_odd_shapes_and_ragged_groups(
+    text: str, out: int, inputs: int, rows: int, programs: int, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight, x = quantized(text, out, inputs), randn(rows, inputs, dtype=dtype)
+    with of_programs(programs):
+        assert off(TritonGpu(weight)(x), x, exact(weight)) < DTYPES[dtype]
+
+
+@pytest.mark.parametrize("text", ["int4 g32 asym", "int4 g32", "int8 g32 asym", "int8 g32"])
+def test_the_ends_of_codes_and_zero_points(text: str, programs: int) -> None:
+    spec = QuantSpec.parse(text)
+    low, high = spec.code_range
+    ends = torch.tensor([low, high, 0 if low < 0 else (low + high) // 2])
+    codes = ends[torch.arange(40 * 96).view(40, 96) % 3].to(torch.int8 if low < 0 else torch.uint8)
+    scale = torch.tensor([0.0, 1e-7, 60000.0]).half().repeat(40, 1)
+    zero = torch.tensor([low, high, 7]).to(torch.uint8).repeat(40, 1) if spec.zero == "int" else None
+    weight = there(QuantizedTensor(codes, scale, spec, zero))
+    for x in (torch.zeros(3, 96), torch.full((3, 96), 1e30), torch.randn(3, 96) * 1e-30):
+        for rows in (x.to(DEVICE), x[:1].to(DEVICE)):
+            y = TritonGpu(weight)(rows)
+            assert bool(y.isfinite().all()) and off(y, rows, exact(weight)) < 5e-6
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_what_is_no_number_in_x_reaches_its_own_row_only(row: int) -> None:
+    weight, x = quantized("int4 g16", 20, 30), torch.ones(3, 30, device=DEVICE)
+    x[row, 29] = torch.nan
+    y = TritonGpu(weight)(x)
+    others = [i for i in range(3) if i != row]
+    assert bool(y[row].isnan().all()) and bool(y[others].isfinite().all())
+    assert bool(TritonGpu(weight)(x[row]).isnan().all())
+
+
+def test_a_block_of_zeros_and_a_weight_of_zeros(programs: int) -> None:
+    torch.manual_seed(0)
+    for text in ("int4 g32", "int4 g32 asym", "nf4 g32"):
+        weight = quantized(text, 33, 96)
+        scale = weight.scale.clone()
+        scale[:, 1] = 0
+        some = replace(weight, scale=scale)
+        x = randn(2, 96)
+        assert off(TritonGpu(some)(x), x, exact(some)) < 5e-6
+        assert not TritonGpu(replace(weight, scale=torch.zeros_like(scale)))(x).any()
+
+
+def test_act_order_bias_leading_axes_and_no_rows(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = quantized("int4 g32 asym", 40, 128)
+    weight = replace(weight, g_idx=torch.randperm(128).int().to(DEVICE) // 32)
+    kernel, x, bias = TritonGpu(weight), randn(2, 3, 128, dtype=dtype), randn(40, dtype=dtype)
+    y = kernel(x, bias)
+    assert y.shape == (2, 3, 40) and y.dtype == dtype
+    ones = torch.ones(6, 1, device=DEVICE)
+    wide = torch.cat([exact(weight), bias.double()[:, None]], dim=1)
+    assert off(y.view(6, 40), torch.cat([x.view(6, 128), ones.to(dtype)], dim=1), wide) < DTYPES[dtype]
+    row = kernel(x[0, 0], bias)
+    assert row.shape == (40,) and bool((row - y[0, 0]).abs().max() < 50 * DTYPES[dtype])
+    assert kernel(x[:0]).shape == (0, 3, 40)
+    strided = randn(6, 256, dtype=dtype)
+    assert torch.equal(kernel(strided[::2, ::2]), kernel(strided[::2, ::2].contiguous()))
+
+
+def test_float64_is_computed_in_float32_and_given_back() -> None:
+    weight, x = quantized("int4 g32", 8, 64), randn(2, 64).double()
+    y = TritonGpu(weight)(x)
+    assert y.dtype == torch.float64 and off(y, x, exact(weight)) < 5e-6
+
+
+@given(tiles=st.integers(1, 600), columns=st.integers(1, 20000), step=st.sampled_from([16, 32, 64]))
+def test_splits_cover_all_columns_in_whole_steps(tiles: int, columns: int, step: int) -> None:
+    span, splits = split(tiles, columns, step)
+    assert span % step == 0 and (splits - 1) * span < columns <= splits * span
+    assert tiles * splits >= 256 or span == step or tiles * columns < 256 * (span + step)
+
+
+def test_the_dispatch_takes_it_on_a_gpu_and_the_interpreter_where_it_is_named() -> None:
+    weight, x = quantized("int4 g32", 16, 64), randn(3, 64)
+    named = prepare(weight, "triton_gpu")
+    assert named.backend == "triton_gpu" and off(named(x), x, exact(weight)) < 5e-6
+    assert (prepare(weight).backend == "triton_gpu") == (not INTERPRETED)
+    assert named.nbytes == 16 * 64 // 2 + 16 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "inputs", "reason"),
+    [
+        ("int4 g24", 96, "multiple of 16, found 24"),
+        ("int4 b64", 100, "cross rows"),
+        ("fp8_e4m3 channel", 64, "for integers, found fp8_e4m3"),
+        ("nf4 b64 mean", 64, "mean"),
+    ],
+)
+def test_the_reason_why_not_is_named(text: str, inputs: int, reason: str) -> None:
+    assert reason in str(backends(quantized(text, 4, inputs))["triton_gpu"])
+
+
+def test_what_it_does_not_know_is_refused() -> None:
+    weight = quantized("int4 g32", 8, 64)
+    outliers = torch.tensor([3], device=DEVICE), torch.tensor([50.0], device=DEVICE)
+    assert "outliers" in str(TritonGpu.why_not(replace(weight, outliers=outliers)))
+    assert "not empty" in str(TritonGpu.why_not(replace(weight, codes=weight.codes[:0])))
+    uneven = replace(weight, g_idx=torch.zeros(64, dtype=torch.int32, device=DEVICE))
+    assert "32 columns each" in str(TritonGpu.why_not(uneven))
+    table = torch.arange(16.0, device=DEVICE).repeat(8, 1)
+    spec = QuantSpec.parse("table4 g32")
+    own = QuantizedTensor(weight.codes.byte() % 16, weight.scale, spec, table=table)
+    assert "table of its own" in str(TritonGpu.why_not(own))
+    shared = replace(own, table=table[0])
+    x = randn(2, 64)
+    assert TritonGpu.why_not(shared) is None and off(TritonGpu(shared)(x), x, exact(shared)) < 5e-6
+    with pytest.raises(ValueError, match="64 input features"):
+        TritonGpu(weight)(randn(2, 32))
+    with pytest.raises(ValueError, match="no gradients"):
+        TritonGpu(weight)(randn(2, 64).requires_grad_())
