@@ -383,8 +383,6 @@ def _bench(
     recipe: str | None = None,
     size: int | None = None,
 ) -> None:
-    from rich.console import Console
-
     from labkit.bench import measure, suite
 
     given = {"--rounds": rounds, "--model": model, "--recipe": recipe, "--size": size}
@@ -392,8 +390,10 @@ def _bench(
     words += [part for name, value in given.items() if value is not None for part in (name, str(value))]
     setting = measure.Setting(threads, shlex.join(words))
     works = suite.run(kinds, setting, name=model, recipe=recipe, rounds=rounds, size=size)
-    rows = measure.collect(works, json)
-    Console().print(suite.table(rows))
+    rows: list[measure.Row] = []
+    for some in measure.kept(works, json):
+        rows += some
+        typer.echo("\n".join(suite.lines(some)))
     for why in measure.remedies(rows):
         typer.echo(f"not measured: {why}", err=True)
     if page is not None:

@@ -91,7 +91,7 @@ class Products:
     def __init__(self, weight: Prepared | Tensor, dtype: torch.dtype = torch.float32) -> None:
         self.bytes, self._dtype, self._next = weight.nbytes, dtype, 0
         self.kernel = "linear" if isinstance(weight, Tensor) else weight.backend
-        self._copies = [weight, *(_copy(weight) for _ in range(STREAMED // self.bytes))]
+        self._copies = [weight, *(_copy(weight) for _ in range(int(STREAMED // self.bytes)))]
 
     def contender(self, name: str, x: Tensor) -> Contender:
         """x (rows, in). A turn goes through all copies, or through as many as take a fifth of a second."""

@@ -233,14 +233,15 @@ def worse(ours: float | None, theirs: float | None) -> bool:
     return ours is not None and theirs is not None and ours > 1.01 * theirs
 
 
-def collect(rows: Iterator[list[Row]], out: Path | None) -> list[Row]:
-    """All rows; the file is written whole after every work, so that a run that was stopped leaves what it had."""
+def kept(works: Iterator[list[Row]], out: Path | None) -> Iterator[list[Row]]:
+    """Each work's rows as they come. The file is written whole after every work, so that a run that was stopped leaves
+    what it had."""
     found: list[Row] = []
-    for some in rows:
-        found += some
+    for rows in works:
+        found += rows
         if out is not None:
             write(found, out)
-    return found
+        yield rows
 
 
 def write(rows: Sequence[Row], out: Path) -> None:

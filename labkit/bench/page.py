@@ -32,7 +32,7 @@ def write(rows: Sequence[Row], out: Path) -> None:
         first = rows[0]
         head = f"{first.machine}; {first.threads} threads; {first.date}; {first.ours_version}. Repeat: {first.command}"
     missing = "".join(f"<li>{escape(why)}</li>" for why in remedies(rows))
-    cells = "".join(
+    lines = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in (*cells(row), row.peer_version)) + "</tr>\n"
         for row in rows
     )
@@ -43,7 +43,7 @@ def write(rows: Sequence[Row], out: Path) -> None:
             "<style>body{font:14px sans-serif;margin:2em;max-width:1100px}td,th{text-align:left;padding:2px 8px}"
             "</style>\n"
             f"<h1>labkit beside its peers</h1><p>{escape(head)}</p>\n{''.join(parts)}\n"
-            f"<table><tr>{titles}</tr>\n{cells}</table>\n"
+            f"<table><tr>{titles}</tr>\n{lines}</table>\n"
             + (f"<h2>Not measured</h2><ul>{missing}</ul>\n" if missing else "")
             + "</html>\n",
             encoding="utf-8",

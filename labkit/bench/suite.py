@@ -1,11 +1,10 @@
-"""Which works there are, run one after another, and their rows as a table."""
+"""Which works there are, run one after another, and their rows for reading."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 import torch
-from rich.table import Table
 
 from labkit.bench.measure import Row, Setting
 
@@ -45,14 +44,16 @@ def run(
         yield from quantize(setting, name, **more)
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """A line for each row: medians, the ratio with its quartiles, and what became of its goal."""
-    shown = Table(box=None, header_style="bold")
-    for column in COLUMNS:
-        shown.add_column(column, justify="right" if column in ("", "ratio") else "left", overflow="fold")
+def lines(rows: Sequence[Row]) -> list[str]:
+    """A work for reading: what ours reached, and below it a line for each peer."""
+    if not rows:
+        return []
+    first = rows[0]
+    told = [f"{first.work}: {first.ours_name} {number(first.ours)} {first.unit}{_kl(first.ours_kl)}"]
     for row in rows:
-        shown.add_row(*cells(row))
-    return shown
+        theirs = f"{row.peer_name} {number(row.peer)}{_kl(row.peer_kl)}"
+        told.append(f"  {ratio(row):22}  {theirs}{_goal(row)}")
+    return told
 
 
 def cells(row: Row) -> list[str]:
@@ -86,3 +87,11 @@ def goal(row: Row) -> str:
     if row.met is False and row.ratio is not None and row.ratio >= row.goal:
         said += ": the KL is worse"
     return f"{row.goal:g} {said}"
+
+
+def _goal(row: Row) -> str:
+    return f"; goal {goal(row)}" if row.goal is not None else ""
+
+
+def _kl(value: float | None) -> str:
+    return "" if value is None else f", KL {value:.4f}"
