@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,16 +44,22 @@ def kernels(setting: Setting, size: int = SIZE, rounds: int = ROUNDS) -> Iterato
     torch.manual_seed(0)
     weight = torch.randn(size, size) / size**0.5
     int4 = _encoded(weight, SPEC)
-    with ExitStack() as stack, torch.inference_mode():
+    with ExitStack() as stack:
         ours = Products(prepare(int4))
         torch_int4, bf16 = Products(prepare(int4, "int4_cpu")), Products(weight.bfloat16(), torch.bfloat16)
         x = {rows: torch.randn(rows, size) for rows in (1, SEVERAL, MANY)}
         name = f"{SPEC}, {ours.kernel}"
         us, ms = Unit("microseconds", 1e6), Unit("ms", 1e3)
 
+        @cache
+        def opened() -> Peer:
+            peer = stack.enter_context(Peer("onnxruntime", setting.threads))
+            peer.ask("open", size, size, GROUP, 1 + STREAMED // _onnx_bytes(size), setting.threads)
+            return peer
+
         def peers(rows: int, goals: dict[str, float]) -> list[Contender]:
             found = [
-                invited("onnxruntime MatMulNBits", lambda: onnxruntime(setting.threads, size, rows, stack)),
+                invited("onnxruntime MatMulNBits", lambda: onnxruntime(opened(), size, rows)),
                 torch_int4.contender("torch int4 op", x[rows]),
                 bf16.contender("torch bf16", x[rows]),
             ]
@@ -101,6 +108,7 @@ class Products:
         )
         return Contender(name, version, lambda: self.turn(x), bytes=float(self.bytes))
 
+    @torch.inference_mode()
     def turn(self, x: Tensor) -> float:
         """Seconds for one product, the mean over a turn."""
         start, count = time.perf_counter(), 0
@@ -111,20 +119,18 @@ class Products:
         return (time.perf_counter() - start) / count
 
 
-def onnxruntime(threads: int, size: int, rows: int, stack: ExitStack) -> Contender:
-    """Products of ``rows`` rows; raises PeerMissing, PeerFailed."""
-    held = (
-        size * size // 2 + size * size // GROUP * 9 // 2
-    )  # a scale in float32 and half a byte of zero point a group
-    copies = 1 + STREAMED // held if rows < MANY else 2
-    peer = stack.enter_context(Peer("onnxruntime", threads))
-    peer.ask("open", size, size, GROUP, copies, threads)
+def onnxruntime(peer: Peer, size: int, rows: int) -> Contender:
+    """Products of ``rows`` rows by the weights that the peer has open. Raises PeerFailed."""
     return Contender(
-        "onnxruntime MatMulNBits",
-        peer.ask("version"),
-        lambda: peer.seconds("product", rows),
-        bytes=float(held),
-    )
+        "onnxruntime MatMulNBits", peer.ask("version"), lambda: peer.seconds("product", rows),
+        bytes=float(_onnx_bytes(size)),
+    )  # fmt: skip
+
+
+def _onnx_bytes(size: int) -> int:
+    return (
+        size * size // 2 + size * size // GROUP * 9 // 2
+    )  # a group has a float32 scale and 4 bits of zero point
 
 
 def bitsandbytes(weight: Tensor, x: Tensor) -> Contender:
@@ -144,6 +150,7 @@ def bitsandbytes(weight: Tensor, x: Tensor) -> Contender:
     for made in layers:  # lays its weight out when it is first called
         made(half)
 
+    @torch.inference_mode()
     def turn() -> float:
         start = time.perf_counter()
         for made in layers:
@@ -159,12 +166,7 @@ def memory(size: float) -> Contender:
     block = torch.empty(READ // 4)
     _large_pages(block)
     block.fill_(1.0)
-    half, whole = block.view(torch.bfloat16).view(-1, 4096), block.view(-1, 4096)
-    ones = torch.ones(4096)
-    readers: Sequence[Callable[[], object]] = (
-        block.sum, block.max, lambda: torch.dot(block, block[: len(block)]), lambda: whole @ ones,
-        lambda: half @ ones.bfloat16(),
-    )  # fmt: skip
+    readers: Sequence[Callable[[], object]] = (block.sum, block.max, lambda: torch.dot(block, block))
 
     def turn() -> float:
         return min(_timed(reader) for reader in readers) * size / block.nbytes

@@ -16,10 +16,11 @@ from labkit.models import Llama
 
 
 def write_folder(model: Llama, folder: Path) -> Path:
-    """config.json and model.safetensors, float32, in ``folder``, which is made."""
+    """config.json, model.safetensors in float32 and the tokenizer, in ``folder``, which is made."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(model.config.to_hf()) + "\n", encoding="utf-8")
     save_file(tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
+    model.tokenizer.save(folder)
     return folder
 
 
