@@ -20,7 +20,7 @@ from llmcompressor import oneshot  # noqa: E402
 from llmcompressor.modifiers.gptq import GPTQModifier  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 
 class Peer:
@@ -48,9 +48,11 @@ class Peer:
             actorder=None,
             block_size=128,
         )
+        # It wants a tokenizer, though it is given token ids.
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json")
         start = time.perf_counter()
         oneshot(
-            model=model, dataset=DataLoader(tokens, batch_size=None), recipe=modifier, pipeline="sequential",
+            model=model, processor=tokenizer, dataset=DataLoader(tokens, batch_size=None), recipe=modifier, pipeline="sequential",
             num_calibration_samples=len(tokens),
         )  # fmt: skip
         seconds = time.perf_counter() - start
