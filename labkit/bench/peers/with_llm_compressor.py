@@ -52,8 +52,8 @@ class Peer:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json")
         start = time.perf_counter()
         oneshot(
-            model=model, processor=tokenizer, dataset=DataLoader(tokens, batch_size=None), recipe=modifier, pipeline="sequential",
-            num_calibration_samples=len(tokens),
+            model=model, processor=tokenizer, dataset=DataLoader(tokens, batch_size=None), recipe=modifier,
+            pipeline="sequential", num_calibration_samples=len(tokens),
         )  # fmt: skip
         seconds = time.perf_counter() - start
         kept = model.state_dict()
