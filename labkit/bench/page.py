@@ -79,7 +79,7 @@ def ratios(rows: Sequence[Row]) -> go.Figure | None:
     made.add_vline(x=1, line={"color": "#888888", "dash": "dot"})
     made.update_layout(
         title="How many times better than the peer (green: goal met, hatched: not met, dotted: no goal)",
-        template="plotly_white", height=140 + 46 * len(shown), margin={"l": 10},
+        template="plotly_white", height=230 + 52 * len(shown), margin={"l": 10},
     )  # fmt: skip
     made.update_xaxes(type="log", title="ratio")
     made.update_yaxes(autorange="reversed", automargin=True)
