@@ -11,7 +11,7 @@ SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 TIERS = unit parity notebooks serving browser cluster bench
 
 .PHONY: help setup lab test check lint test-long node node-up node-down node-status
-.PHONY: image system-packages constraints clean parity-libraries
+.PHONY: image system-packages constraints clean parity-environment parity-libraries peers
 .PHONY: $(TIERS:%=test-%)
 
 help:
@@ -37,12 +37,20 @@ check: setup lint ## lint, types and the unit tests, in under two minutes
 
 # They pin an older transformers than the lab, so they get .venv-parity, which uv fills from outside this folder, where
 # pyproject.toml's constraints do not hold.
-parity-libraries: setup ## beside torchao, optimum-quanto, llm-compressor: 5 GB more, once; writes parity.json
+parity-environment: setup ## torchao, optimum-quanto, llm-compressor, for parity-libraries and bench: 5 GB more, once
 	@.venv/uv/bin/uv venv --quiet --allow-existing --python $(BIN)/python .venv-parity
 	@cd / && $(CURDIR)/.venv/uv/bin/uv pip install --quiet --python $(CURDIR)/.venv-parity/bin/python \
 	    $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND)) \
 	    --requirements $(CURDIR)/tests/parity/libraries.txt --editable $(CURDIR)
+
+parity-libraries: parity-environment ## labkit.quant beside them; writes parity.json
 	@.venv-parity/bin/python tests/parity/libraries.py $(or $(ARGS),--out data/measurements/parity.json)
+
+# llama.cpp has no wheel that uses all of a processor: it is compiled for the one that is here, with OpenMP, its default.
+peers: setup ## llama.cpp and onnxruntime, for `labkit bench`: compiles ten minutes, once; needs g++ and cmake
+	@.venv/uv/bin/uv venv --quiet --allow-existing --python $(BIN)/python .venv-peers
+	@cd / && CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF" $(CURDIR)/.venv/uv/bin/uv pip install \
+	    --quiet --python $(CURDIR)/.venv-peers/bin/python --requirements $(CURDIR)/tests/bench/peers.txt
 
 lint: setup ## style, types and the direction of imports
 	$(BIN)/ruff check .
@@ -65,5 +73,5 @@ constraints: setup ## resolve the versions anew from pyproject.toml
 	.venv/uv/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header \
 	    --no-annotate --no-emit-index-url --no-emit-find-links --no-emit-package labkit -o constraints.txt
 
-clean: ## remove .venv and .venv-parity; work/ and the cache stay
-	rm -rf .venv .venv-parity
+clean: ## remove .venv, .venv-parity and .venv-peers; work/ and the cache stay
+	rm -rf .venv .venv-parity .venv-peers

@@ -312,6 +312,96 @@ def bench_sensitivity(
     typer.echo(f"{len(found.costs)} parts on {len(grids)} grids: {out}")
 
 
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads, ours and every peer's.")]
+Json = Annotated[Path | None, typer.Option("--json", help="A file for the rows, whole after every work.")]
+Page = Annotated[Path | None, typer.Option(help="A file for a page with figures.")]
+Rounds = Annotated[int | None, typer.Option(min=1, help="Of every work, instead of its own number.")]
+ModelName = Annotated[str | None, typer.Option(help="Default: LABKIT_MODEL, or the bundled model.")]
+Beside = Annotated[str | None, typer.Option("--recipe", help="What stands beside llama.cpp.")]
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    threads: Threads = 2,
+    json: Json = None,
+    page: Page = None,
+    rounds: Rounds = None,
+    size: Annotated[int | None, typer.Option(help="Rows and columns of the weight; default: 4096.")] = None,
+) -> None:
+    """Products with a quantized weight beside onnxruntime, torch, bitsandbytes and memory itself: a minute."""
+    _bench(["kernels"], "kernels", threads, json, page, rounds=rounds, size=size)
+
+
+@bench_app.command("model")
+def bench_model(
+    threads: Threads = 2,
+    json: Json = None,
+    page: Page = None,
+    rounds: Rounds = None,
+    model: ModelName = None,
+    recipe: Beside = None,
+) -> None:
+    """A whole model beside llama.cpp, transformers and torch: decoding, prompts, the first token: five minutes."""
+    _bench(["model"], "model", threads, json, page, rounds=rounds, model=model, recipe=recipe)
+
+
+@bench_app.command("quantize")
+def bench_quantize(
+    threads: Threads = 2,
+    json: Json = None,
+    page: Page = None,
+    rounds: Rounds = None,
+    model: ModelName = None,
+) -> None:
+    """GPTQ beside llm-compressor, k-means beside scikit-learn: ten minutes."""
+    _bench(["quantize"], "quantize", threads, json, page, rounds=rounds, model=model)
+
+
+@bench_app.command("all")
+def bench_all(
+    threads: Threads = 2,
+    json: Json = None,
+    page: Page = None,
+    rounds: Rounds = None,
+    model: ModelName = None,
+    recipe: Beside = None,
+) -> None:
+    """Kernels, model and quantize, one after another: less than twenty minutes on two cores."""
+    kinds = ["kernels", "model", "quantize"]
+    _bench(kinds, "all", threads, json, page, rounds=rounds, model=model, recipe=recipe)
+
+
+def _bench(
+    kinds: list[str],
+    word: str,
+    threads: int,
+    json: Path | None,
+    page: Path | None,
+    *,
+    rounds: int | None = None,
+    model: str | None = None,
+    recipe: str | None = None,
+    size: int | None = None,
+) -> None:
+    from labkit.bench import measure, suite
+
+    given = {"--rounds": rounds, "--model": model, "--recipe": recipe, "--size": size}
+    words = ["labkit", "bench", word, "--threads", str(threads)]
+    words += [part for name, value in given.items() if value is not None for part in (name, str(value))]
+    setting = measure.Setting(threads, shlex.join(words))
+    works = suite.run(kinds, setting, name=model, recipe=recipe, rounds=rounds, size=size)
+    rows: list[measure.Row] = []
+    for some in measure.kept(works, json):
+        rows += some
+        typer.echo("\n".join(suite.lines(some)))
+    for why in measure.remedies(rows):
+        typer.echo(f"not measured: {why}", err=True)
+    if page is not None:
+        from labkit.bench.page import write
+
+        write(rows, page)
+
+
 def main() -> None:
     """The entry point: an error that a person can act on is one line on stderr, a defect is a traceback."""
     try:
