@@ -186,11 +186,13 @@ struct Plain {
         Floats sum[ROWS][SUMS];
         for (auto& row : sum)
             for (auto& one : row) one = zeros();
-        for (long k = from; k < to; k += CHUNK, p += Codes::BYTES)
+        for (long k = from; k < to; k += CHUNK, p += Codes::BYTES) {
+            fetch_ahead(p, Codes::BYTES);
             codes.chunk(p, [&](int i, const Floats& value) {
                 for (int m = 0; m < ROWS; m++)
                     sum[m][i % SUMS] = multiply_add(value, all(x[m * in + k + i]), sum[m][i % SUMS]);
             });
+        }
         for (int m = 0; m < ROWS; m++) {
             for (int i = 1; i < SUMS; i++) sum[m][0] = add(sum[m][0], sum[m][i]);
             total[m] = sum[m][0];
@@ -214,7 +216,8 @@ struct Rounded {
         for (long k = from, r = from / run; k < to; r++) {
             Ints sum[ROWS];
             for (int m = 0; m < ROWS; m++) sum[m] = all_of(starts[m * runs + r]);
-            for (const long end = std::min(to, k + run); k < end; k += CHUNK, p += Codes::BYTES)
+            for (const long end = std::min(to, k + run); k < end; k += CHUNK, p += Codes::BYTES) {
+                fetch_ahead(p, Codes::BYTES);
                 Codes::fours(p, [&](int i, const Words& codes) {
                     for (int m = 0; m < ROWS; m++) {
                         int32_t four;
@@ -222,6 +225,7 @@ struct Rounded {
                         sum[m] = Codes::times(sum[m], codes, four);
                     }
                 });
+            }
             for (int m = 0; m < ROWS; m++) total[m] = multiply_add(floats(sum[m]), all(steps[m * runs + r]), total[m]);
         }
     }

@@ -95,6 +95,7 @@ void mix(const float* weights, const Stored* values, long first, long last, long
     Floats sum[VECTORS][2];
     for (auto& pair : sum) pair[0] = pair[1] = zeros();
     const auto row = [&](long s, int which) {
+        fetch_ahead(values + s * size, VECTORS * LANES * sizeof(Stored));
         const Floats weight = all(weights[s]);
         for (int i = 0; i < VECTORS; i++) sum[i][which] = multiply_add(weight, load(values + s * size + i * LANES), sum[i][which]);
     };
@@ -110,6 +111,7 @@ void attend(const float* query, const Stored* keys, const Stored* values, long f
     const float scale = 1 / std::sqrt(float(size));
     float largest = -INFINITY;
     for (long s = first; s <= last; s++) {
+        fetch_ahead(keys + s * size, size * sizeof(Stored));
         scores[s] = dot(query, keys + s * size, size) * scale;
         largest = std::max(largest, scores[s]);
     }
