@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Notebook 13: GPU kernels. What it asks, checks and draws.
 
 The kernels are written to be read by someone who has just tried. Those of ``labkit.kernels.gpu`` rest on the same
@@ -26,10 +27,11 @@ from torch import Tensor
 
 from labkit.course import Exercise, Question, plot
 from labkit.course.check import Wrong, close, equal, require
-from labkit.course.interpreted import launch, written
+from labkit.course.interpreted import launch, tl, triton, written
 
-import triton  # isort: skip  labkit.course.interpreted comes first: it chooses the interpreter
-import triton.language as tl  # isort: skip
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -80,12 +82,12 @@ def _compare(
 def launch_add(kernel: Any, x: Tensor, y: Tensor, BLOCK: int = 32) -> Tensor:
     """z = x + y, all (n,), by ceil(n / BLOCK) programs."""
     z = torch.zeros_like(x)
-    launch(kernel, (triton.cdiv(len(x), BLOCK),), ("z",), x, y, z, len(x), BLOCK=BLOCK)
+    launch(kernel, (_cdiv(len(x), BLOCK),), ("z",), x, y, z, len(x), BLOCK=BLOCK)
     return z
 
 
 @triton.jit
-def add(x, y, z, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def add(x, y, z, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     total = tl.load(x + i, mask=inside) + tl.load(y + i, mask=inside)
@@ -118,13 +120,13 @@ def launch_dequantize(
 ) -> Tensor:
     """w (rows, columns) of words (rows, columns / 8) int32 and scale (rows, groups)."""
     w = torch.zeros(len(words), columns)
-    grid = (len(words), triton.cdiv(columns // 8, WORDS))
+    grid = (len(words), _cdiv(columns // 8, WORDS))
     launch(kernel, grid, ("w",), words, scale, w, columns, scale.shape[1], GROUP=GROUP, WORDS=WORDS)
     return w
 
 
 @triton.jit
-def dequantize(words, scale, w, columns, groups, GROUP: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+def dequantize(words, scale, w, columns, groups, GROUP: tl.constexpr, WORDS: tl.constexpr):
     row = tl.program_id(0)
     j = tl.program_id(1) * WORDS + tl.arange(0, WORDS)  # which words of the row
     e = tl.arange(0, 8)  # which code of a word
@@ -139,7 +141,7 @@ def dequantize(words, scale, w, columns, groups, GROUP: tl.constexpr, WORDS: tl.
 def _check_dequantize(fn: Callable[..., Any]) -> None:
     for rows, columns in ((2, 160), (3, 40), (2, 72)):
         codes = _codes(rows, columns, columns)
-        scale = _random(rows, triton.cdiv(columns, 16)).abs() + 0.5
+        scale = _random(rows, _cdiv(columns, 16)).abs() + 0.5
         words, wide = pack_words(codes), _spread(scale, columns, 16)
         e, first = 4 * torch.arange(8), torch.arange(columns) // 8
         held = words[:, first]  # each code's word
@@ -175,12 +177,12 @@ def launch_matmul(kernel: Any, a: Tensor, b: Tensor, TILE: int = 16) -> Tensor:
     """c = a @ b, (M, K) and (K, N), one program for each tile of TILE by TILE."""
     (M, K), N = a.shape, b.shape[1]
     c = torch.zeros(M, N)
-    launch(kernel, (triton.cdiv(M, TILE), triton.cdiv(N, TILE)), ("c",), a, b, c, M, N, K, TILE=TILE)
+    launch(kernel, (_cdiv(M, TILE), _cdiv(N, TILE)), ("c",), a, b, c, M, N, K, TILE=TILE)
     return c
 
 
 @triton.jit
-def matmul(a, b, c, M, N, K, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def matmul(a, b, c, M, N, K, TILE: tl.constexpr):
     m = tl.program_id(0) * TILE + tl.arange(0, TILE)
     n = tl.program_id(1) * TILE + tl.arange(0, TILE)
     sums = tl.zeros((TILE, TILE), tl.float32)
@@ -195,7 +197,7 @@ def matmul(a, b, c, M, N, K, TILE: tl.constexpr):  # type: ignore[no-untyped-def
 
 
 @triton.jit
-def keeps_the_last_step(a, b, c, M, N, K, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def keeps_the_last_step(a, b, c, M, N, K, TILE: tl.constexpr):
     """A wrong one, to be looked at: it forgets the sums of the steps before the last."""
     m = tl.program_id(0) * TILE + tl.arange(0, TILE)
     n = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -234,13 +236,13 @@ def launch_row(
 ) -> Tensor:
     """y (out,) = weight @ x for x (columns,), where the weight is words (out, columns / 8) and scale (out, groups)."""
     y = torch.zeros(len(words))
-    grid, constants = (triton.cdiv(len(words), OUT),), {"GROUP": GROUP, "OUT": OUT, "K": K}
+    grid, constants = (_cdiv(len(words), OUT),), {"GROUP": GROUP, "OUT": OUT, "K": K}
     launch(kernel, grid, ("y",), x, words, scale, y, len(words), len(x), scale.shape[1], **constants)
     return y
 
 
 @triton.jit
-def row(x, words, scale, y, out, columns, groups, GROUP: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]
+def row(x, words, scale, y, out, columns, groups, GROUP: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr):
     o = tl.program_id(0) * OUT + tl.arange(0, OUT)
     sums = tl.zeros((OUT,), tl.float32)
     for start in range(0, columns, K):
@@ -256,7 +258,7 @@ def row(x, words, scale, y, out, columns, groups, GROUP: tl.constexpr, OUT: tl.c
 
 def _check_row(fn: Callable[..., Any]) -> None:
     for out, columns in ((16, 64), (21, 72), (5, 40)):
-        codes, groups = _codes(out, columns, out), triton.cdiv(columns, 32)
+        codes, groups = _codes(out, columns, out), _cdiv(columns, 32)
         scale, x = _random(out, groups).abs() + 0.5, _random(columns, seed=1)
         weight = (codes - 8) * _spread(scale, columns, 32)
         last, places = (columns - 1) // 16 * 16, torch.arange(columns)
@@ -300,16 +302,14 @@ def _check_row(fn: Callable[..., Any]) -> None:
 def launch_parts(kernel: Any, x: Tensor, weight: Tensor, span: int, OUT: int = 16, K: int = 16) -> Tensor:
     """sums (parts, out) of x (columns,) and weight (out, columns); part p has columns p * span to p * span + span -
     1."""
-    (out, columns), parts = weight.shape, triton.cdiv(len(x), span)
+    (out, columns), parts = weight.shape, _cdiv(len(x), span)
     sums = torch.zeros(parts, out)
-    launch(
-        kernel, (triton.cdiv(out, OUT), parts), ("sums",), x, weight, sums, out, columns, span, OUT=OUT, K=K
-    )
+    launch(kernel, (_cdiv(out, OUT), parts), ("sums",), x, weight, sums, out, columns, span, OUT=OUT, K=K)
     return sums
 
 
 @triton.jit
-def parts(x, weight, sums, out, columns, span, OUT: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]
+def parts(x, weight, sums, out, columns, span, OUT: tl.constexpr, K: tl.constexpr):
     o = tl.program_id(0) * OUT + tl.arange(0, OUT)
     part = tl.program_id(1)
     end = tl.minimum((part + 1) * span, columns)
@@ -329,12 +329,12 @@ def _check_parts(fn: Callable[..., Any]) -> None:
     for out, columns, span in ((16, 96, 48), (21, 100, 40), (5, 33, 24)):
         weight, x = _random(out, columns), _random(columns, seed=1)
         each = weight * x  # (out, columns)
-        ends = [(p * span, min((p + 1) * span, columns)) for p in range(triton.cdiv(columns, span))]
+        ends = [(p * span, min((p + 1) * span, columns)) for p in range(_cdiv(columns, span))]
 
         def sums(ranges: Sequence[tuple[int, int]], each: Tensor = each) -> Tensor:
             return torch.stack([each[:, a:b].sum(1) for a, b in ranges])
 
-        over = [(a, min(a + triton.cdiv(span, 16) * 16, columns)) for a, _ in ends]
+        over = [(a, min(a + _cdiv(span, 16) * 16, columns)) for a, _ in ends]
         last = [(a + (span - 1) // 16 * 16, b) for a, b in ends]
         _compare(
             fn(x, weight, span),
@@ -368,7 +368,7 @@ def launch_quantize(kernel: Any, x: Tensor, BLOCK: int = 64) -> tuple[Tensor, Te
 
 
 @triton.jit
-def quantize(x, codes, scale, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def quantize(x, codes, scale, columns, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     k = tl.arange(0, BLOCK)
     numbers = tl.load(x + row * columns + k, mask=k < columns, other=0.0)
@@ -446,7 +446,7 @@ def launch_softmax(kernel: Any, x: Tensor, BLOCK: int = 64) -> Tensor:
 
 
 @triton.jit
-def softmax(x, y, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def softmax(x, y, columns, BLOCK: tl.constexpr):
     place = tl.program_id(0) * columns + tl.arange(0, BLOCK)
     inside = tl.arange(0, BLOCK) < columns
     numbers = tl.load(x + place, mask=inside, other=float("-inf"))
@@ -498,7 +498,7 @@ def launch_attend(
 
 
 @triton.jit
-def attend(q, keys, k_scale, values, v_scale, y, tokens, factor, D: tl.constexpr, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+def attend(q, keys, k_scale, values, v_scale, y, tokens, factor, D: tl.constexpr, TOKENS: tl.constexpr):
     head, d = tl.program_id(0), tl.arange(0, D)
     query = tl.load(q + head * D + d)
     highest = tl.full((), float("-inf"), tl.float32)
@@ -835,8 +835,7 @@ EXERCISES = [
             def my_attend(
                 q, keys, k_scale, values, v_scale, y, tokens, factor, D: tl.constexpr, TOKENS: tl.constexpr
             ):
-                """q (heads, D), keys and values (heads, tokens, D / 8) int32, scales (heads, tokens); writes y
-                (heads, D)."""
+                """q (heads, D), keys, values (heads, tokens, D / 8) int32, scales (heads, tokens); writes y."""
                 raise NotImplementedError
         ''',
         solution=attend,
@@ -922,7 +921,8 @@ def _cells(title: str, panels: Sequence[Panel], *, cell: int = 34) -> go.Figure:
     for column, (grid, panel) in enumerate(zip(grids, panels, strict=True), 1):
         made.add_heatmap(
             z=grid.tolist(), text=np.atleast_2d(np.asarray(panel[2], dtype=object)).tolist(),
-            texttemplate="%{text}", zmin=-2.5, zmax=count - 2.5, colorscale=scale, showscale=False, xgap=2, ygap=2, hoverinfo="skip", row=1, col=column,
+            texttemplate="%{text}", zmin=-2.5, zmax=count - 2.5, colorscale=scale, showscale=False,
+            xgap=2, ygap=2, hoverinfo="skip", row=1, col=column,
         )  # fmt: skip
         made.update_yaxes(range=[tall - 0.5, -0.5], row=1, col=column)
     made.update_xaxes(visible=False)
@@ -936,7 +936,7 @@ def _cells(title: str, panels: Sequence[Panel], *, cell: int = 34) -> go.Figure:
 
 def programs(n: int = 11, BLOCK: int = 4) -> go.Figure:
     """Which program has which of n elements, and what its mask leaves out."""
-    count = triton.cdiv(n, BLOCK)
+    count = _cdiv(n, BLOCK)
     rows = np.arange(count * BLOCK).reshape(count, BLOCK)
     owner = np.where(rows < n, np.arange(count)[:, None] % 6, MASKED)
     title = (

@@ -1,9 +1,6 @@
 """Notebook 13: kernels that are wrong in a known way, and honest variants."""
 
-from labkit.course.lessons import n13_gpu_kernels as lesson  # noqa: F401  before triton: it chooses the interpreter
-
-import triton  # isort: skip
-import triton.language as tl  # isort: skip
+from labkit.course.interpreted import tl, triton
 
 
 @triton.jit
