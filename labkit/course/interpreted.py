@@ -2,8 +2,8 @@
 
 On a GPU a kernel that reads or writes outside its arguments spoils something else or stops the program, and in the
 interpreter it would read and write this process's memory. Here each access is looked at first: the one that goes
-wrong is
-named, with its program, and does not happen. What was written by which program is kept, so that a picture can show it.
+wrong is named, with its program, and does not happen. What was written by which program is kept, so that a picture can
+show it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,8 @@ try:
     import triton
     import triton.language as tl
     from triton.runtime import interpreter
-except (
-    ModuleNotFoundError
-):  # torch's builds without CUDA bring no Triton; a lesson can be listed all the same
-
+except ModuleNotFoundError:
+    # torch's builds without CUDA bring no Triton; a lesson can be listed all the same
     class triton:  # type: ignore[no-redef]
         @staticmethod
         def jit(function: Any) -> Any:

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Notebook 13: GPU kernels. What it asks, checks and draws.
 
 The kernels are written to be read by someone who has just tried. Those of ``labkit.kernels.gpu`` rest on the same
@@ -939,9 +939,7 @@ def programs(n: int = 11, BLOCK: int = 4) -> go.Figure:
     count = _cdiv(n, BLOCK)
     rows = np.arange(count * BLOCK).reshape(count, BLOCK)
     owner = np.where(rows < n, np.arange(count)[:, None] % 6, MASKED)
-    title = (
-        f"{n} elements, blocks of {BLOCK}: {count} programs, the mask leaves out {count * BLOCK - n} places"
-    )
+    title = f"{n} elements, blocks of {BLOCK}: {count} programs; masked places: {count * BLOCK - n}"
     return _cells(title, [("a row for each program; grey: masked", owner, rows.astype(str))])
 
 
