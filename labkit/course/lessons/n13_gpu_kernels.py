@@ -609,9 +609,8 @@ EXERCISES = [
         statement="""
             $$z_i = x_i + y_i \\qquad 0 \\le i < n$$
 
-            Program $p$ of $\\lceil n / BLOCK \\rceil$ adds the elements $p \\cdot BLOCK$ to $p \\cdot BLOCK + BLOCK
-            - 1$, those of
-            them that are below $n$.
+            Program $p$ of $\\lceil n / BLOCK \\rceil$ adds the elements $p \\cdot BLOCK$ to
+            $p \\cdot BLOCK + BLOCK - 1$, those of them that are below $n$.
         """,
         starter='''
             @triton.jit
@@ -624,7 +623,8 @@ EXERCISES = [
         launch=launch_add,
         hints=[
             "`tl.program_id(0)` says which program this is; `tl.arange(0, BLOCK)` counts 0 to BLOCK - 1.",
-            "`i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)`, and `x + i` points to those elements of x.",
+            "`i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)`, and `x + i` points to those elements of "
+            "x.",
             "`tl.load(x + i, mask=i < n)`, the same for y; then `tl.store(z + i, ..., mask=i < n)`.",
         ],
     ),
@@ -637,8 +637,8 @@ EXERCISES = [
             A word of 32 bits holds eight codes of 4 bits, the first in the lowest bits. Column $k$ of row $r$ is
 
             $$w_{rk} = (c_{rk} - 8)\\; s_{r,\\lfloor k / GROUP \\rfloor}, \\qquad
-            c_{rk} = \\left\\lfloor \\frac{word_{r,\\lfloor k/8 \\rfloor}}{2^{4 (k \\bmod 8)}} \\right\\rfloor
-            \\bmod 16$$
+            c_{rk} = \\left\\lfloor \\frac{word_{r,\\lfloor k/8 \\rfloor}}
+            {2^{4 (k \\bmod 8)}} \\right\\rfloor \\bmod 16$$
 
             Program $(r, p)$ has row $r$ and the words $p \\cdot WORDS$ to $p \\cdot WORDS + WORDS - 1$ of it.
         """,
@@ -654,10 +654,9 @@ EXERCISES = [
         hints=[
             "Load WORDS words with a mask. `>>` shifts right, and `& 15` keeps the lowest four bits.",
             "`(word[:, None] >> (4 * tl.arange(0, 8))[None, :]) & 15` has all the codes, shape (WORDS, 8). "
-            "Their columns "
-            "are `k = (8 * j)[:, None] + tl.arange(0, 8)[None, :]`, where j counts words.",
-            "The scale lies at `scale + row * groups + k // GROUP`, the result at `w + row * columns + k`, both where "
-            "k < columns.",
+            "Their columns are `k = (8 * j)[:, None] + tl.arange(0, 8)[None, :]`, where j counts words.",
+            "The scale lies at `scale + row * groups + k // GROUP`, the result at `w + row * columns + k`, "
+            "both where k < columns.",
         ],
     ),
     Exercise(
@@ -668,10 +667,9 @@ EXERCISES = [
         statement="""
             $$C_{mn} = \\sum_k A_{mk} B_{kn}$$
 
-            A (M, K), B (K, N) and C (M, N) lie in memory row after row. Program $(p, q)$ makes the rows $p \\cdot
-            TILE$ and
-            the columns $q \\cdot TILE$ onwards, TILE of each. It goes along $k$ in steps of TILE. `tl.dot`
-            multiplies two tiles.
+            A (M, K), B (K, N) and C (M, N) lie in memory row after row. Program $(p, q)$ makes the rows
+            $p \\cdot TILE$ and the columns $q \\cdot TILE$ onwards, TILE of each. It goes along $k$ in steps of
+            TILE. `tl.dot` multiplies two tiles.
         """,
         starter='''
             @triton.jit
@@ -683,12 +681,11 @@ EXERCISES = [
         check=_check_matmul,
         launch=launch_matmul,
         hints=[
-            "Three ranges: m and n for the tile's rows and columns, k for the step. Element (m, k) of a lies at "
-            "a + m * K + k.",
-            "`a + m[:, None] * K + k[None, :]` points to a tile of a. Its mask is `(m < M)[:, None] & (k < "
-            "K)[None, :]`, "
-            "with `other=0.0`, so that what is missing adds nothing. tl.dot rounds float32 on a GPU, unless you say "
-            '`input_precision="ieee"`.',
+            "Three ranges: m and n for the tile's rows and columns, k for the step. Element (m, k) of a "
+            "lies at a + m * K + k.",
+            "`a + m[:, None] * K + k[None, :]` points to a tile of a. Its mask is "
+            "`(m < M)[:, None] & (k < K)[None, :]`, with `other=0.0`, so that what is missing adds nothing. "
+            'tl.dot rounds float32 on a GPU, unless you say `input_precision="ieee"`.',
             "Begin with `tl.zeros((TILE, TILE), tl.float32)`, add `tl.dot(left, right)` for each "
             "`start in range(0, K, TILE)`, store once at the end.",
         ],
@@ -701,11 +698,9 @@ EXERCISES = [
         statement="""
             $$y_o = \\sum_{steps} s_{o,\\,\\lfloor start / GROUP \\rfloor} \\sum_{k \\in step} (c_{ok} - 8)\\, x_k$$
 
-            The weight is never written out: words come in, and sums go out. Program $(p,)$ has the outputs $p
-            \\cdot OUT$
-            onwards, goes along the columns in steps of K, and multiplies each step's sum by the scale of its group.
-            GROUP is a
-            multiple of K.
+            The weight is never written out: words come in, and sums go out. Program $(p,)$ has the outputs
+            $p \\cdot OUT$ onwards, goes along the columns in steps of K, and multiplies each step's sum by the
+            scale of its group. GROUP is a multiple of K.
         """,
         starter='''
             @triton.jit
@@ -719,12 +714,13 @@ EXERCISES = [
         check=_check_row,
         launch=launch_row,
         hints=[
-            "It is 13.2 and 13.3 together: a loop over `start`, a tile (OUT, K) of codes, a sum over its columns.",
-            "The code of column k lies in word k // 8, so load at `words + o[:, None] * (columns // 8) + (k // "
-            "8)[None, :]` "
-            "and shift by `4 * (k % 8)`. A word is then loaded eight times; labkit's kernel loads it once.",
-            "`sums += s * tl.sum((code - 8) * numbers[None, :], axis=1)` with s at `scale + o * groups + start "
-            "// GROUP`.",
+            "It is 13.2 and 13.3 together: a loop over `start`, a tile (OUT, K) of codes, a sum over its "
+            "columns.",
+            "The code of column k lies in word k // 8, so load at "
+            "`words + o[:, None] * (columns // 8) + (k // 8)[None, :]` and shift by `4 * (k % 8)`. A word "
+            "is then loaded eight times; labkit's kernel loads it once.",
+            "`sums += s * tl.sum((code - 8) * numbers[None, :], axis=1)` with s at "
+            "`scale + o * groups + start // GROUP`.",
         ],
     ),
     Exercise(
@@ -733,12 +729,12 @@ EXERCISES = [
         difficulty=2,
         minutes=15,
         statement="""
-            $$sums_{po} = \\sum_{k = p \\cdot span}^{\\min((p+1)\\, span,\\ columns) - 1} W_{ok}\\, x_k, \\qquad y_o
-            = \\sum_p sums_{po}$$
+            $$sums_{po} = \\sum_{k = p \\cdot span}^{\\min((p+1)\\, span,\\ columns) - 1} W_{ok}\\, x_k, \\qquad
+            y_o = \\sum_p sums_{po}$$
 
             Program $(i, p)$ has the outputs $i \\cdot OUT$ onwards and part $p$ of the columns, in steps of K; span
-            need not be
-            a multiple of K. You write $sums$, each program a place of its own; the parts are added afterwards.
+            need not be a multiple of K. You write $sums$, each program a place of its own; the parts are added
+            afterwards.
         """,
         starter='''
             @triton.jit
@@ -750,11 +746,12 @@ EXERCISES = [
         check=_check_parts,
         launch=launch_parts,
         hints=[
-            "The columns of part p begin at p * span. Where do they end? For the last part, earlier than you "
-            "may think.",
-            "`end = tl.minimum((part + 1) * span, columns)` and the mask `k < end`, for x and for the weight.",
-            "Loop over `start in range(0, span, K)` with `k = part * span + start + tl.arange(0, K)`; the place of the "
-            "result is `sums + part * out + o`.",
+            "The columns of part p begin at p * span. Where do they end? For the last part, earlier than "
+            "you may think.",
+            "`end = tl.minimum((part + 1) * span, columns)` and the mask `k < end`, for x and for the "
+            "weight.",
+            "Loop over `start in range(0, span, K)` with `k = part * span + start + tl.arange(0, K)`; the "
+            "place of the result is `sums + part * out + o`.",
         ],
     ),
     Exercise(
@@ -763,11 +760,11 @@ EXERCISES = [
         difficulty=2,
         minutes=12,
         statement="""
-            $$s_r = \\frac{\\max_k |x_{rk}|}{127}, \\qquad c_{rk} = \\text{round}\\!\\left(\\frac{x_{rk}}{s_r}\\right)$$
+            $$s_r = \\frac{\\max_k |x_{rk}|}{127}, \\qquad
+            c_{rk} = \\text{round}\\!\\left(\\frac{x_{rk}}{s_r}\\right)$$
 
             Program $(r,)$ has row $r$; BLOCK is at least `columns`. A row of zeros gets the scale 0 and the codes
-            0. To round, take
-            `tl.floor(... + 0.5)`.
+            0. To round, take `tl.floor(... + 0.5)`.
         """,
         starter='''
             @triton.jit
@@ -779,8 +776,8 @@ EXERCISES = [
         check=_check_quantize,
         launch=launch_quantize,
         hints=[
-            "`tl.max(tl.abs(numbers), axis=0)` is the largest of a block. What does the mask load in place of "
-            "what is missing?",
+            "`tl.max(tl.abs(numbers), axis=0)` is the largest of a block. What does the mask load in place "
+            "of what is missing?",
             "With `other=0.0` the places behind the end do not change the largest absolute value.",
             "Divide by `tl.where(step > 0, step, 1.0)`, so that a row of zeros is not 0 / 0; `.to(tl.int8)` "
             "makes codes.",
@@ -795,8 +792,7 @@ EXERCISES = [
             $$y_k = \\frac{e^{x_k - m}}{\\sum_j e^{x_j - m}}, \\qquad m = \\max_j x_j$$
 
             Program $(r,)$ has row $r$; BLOCK is at least `columns`. The numbers may be several hundred, and
-            $e^{89}$ is more than
-            float32 holds.
+            $e^{89}$ is more than float32 holds.
         """,
         starter='''
             @triton.jit
@@ -808,10 +804,11 @@ EXERCISES = [
         check=_check_softmax,
         launch=launch_softmax,
         hints=[
-            "What a masked load gives in place of what is missing takes part in the max and in the sum. Which "
-            "number changes neither?",
+            "What a masked load gives in place of what is missing takes part in the max and in the sum. "
+            "Which number changes neither?",
             '`other=float("-inf")`: it is never the max, and its exp is 0.',
-            "`weights = tl.exp(numbers - tl.max(numbers, axis=0))`, then divide by `tl.sum(weights, axis=0)`.",
+            "`weights = tl.exp(numbers - tl.max(numbers, axis=0))`, then divide by "
+            "`tl.sum(weights, axis=0)`.",
         ],
     ),
     Exercise(
@@ -823,12 +820,10 @@ EXERCISES = [
             $$y = \\sum_t \\frac{e^{a_t - m}}{\\sum_u e^{a_u - m}}\\, v_t, \\qquad a_t = factor \\cdot q \\cdot k_t$$
 
             Keys and values are words of int4 codes with a scale for each token: $k_t = (c_t - 8)\\, s_t$. Program
-            $(h,)$ has head $h$
-            and goes along the tokens in steps of TOKENS, once. It keeps the largest score so far (`highest`), the
-            sum of the
-            weights (`total`) and the weighted sum of the values (`result`). When a step brings a larger score, what
-            was kept
-            is multiplied by $e^{highest - above}$, where $above$ is the new largest score.
+            $(h,)$ has head $h$ and goes along the tokens in steps of TOKENS, once. It keeps the largest score so
+            far (`highest`), the sum of the weights (`total`) and the weighted sum of the values (`result`). When a
+            step brings a larger score, what was kept is multiplied by $e^{highest - above}$, where $above$ is the
+            new largest score.
         """,
         starter='''
             @triton.jit
@@ -842,14 +837,13 @@ EXERCISES = [
         check=_check_attend,
         launch=launch_attend,
         hints=[
-            "A step: load and decode a tile (TOKENS, D) of keys as in 13.4, take scores (TOKENS,), set those "
-            "behind the end to -inf.",
-            "`above = tl.maximum(highest, tl.max(scores, axis=0))`, `weights = tl.exp(scores - above)`, `kept = "
-            "tl.exp(highest - above)`. "
-            "highest starts at -inf, so the first kept is 0.",
-            "`result = result * kept + tl.sum(weights[:, None] * v, axis=0)`, `total = total * kept + "
-            "tl.sum(weights, axis=0)`, "
-            "`highest = above`; store `result / total` after the loop.",
+            "A step: load and decode a tile (TOKENS, D) of keys as in 13.4, take scores (TOKENS,), set "
+            "those behind the end to -inf.",
+            "`above = tl.maximum(highest, tl.max(scores, axis=0))`, `weights = tl.exp(scores - above)`, "
+            "`kept = tl.exp(highest - above)`. highest starts at -inf, so the first kept is 0.",
+            "`result = result * kept + tl.sum(weights[:, None] * v, axis=0)`, "
+            "`total = total * kept + tl.sum(weights, axis=0)`, `highest = above`; store `result / total` "
+            "after the loop.",
         ],
     ),
 ]
