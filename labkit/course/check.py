@@ -19,7 +19,9 @@ Mistakes = Mapping[str, Any]
 
 
 class Wrong(Exception):
-    """The learner's answer is wrong; the message says how."""
+    """The learner's answer is wrong; the message says how, and ``figure``, where a check sets it, shows where."""
+
+    figure: Any = None
 
 
 def require(condition: object, message: str) -> None:

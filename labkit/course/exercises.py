@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from IPython.display import display
+
 from labkit.course import progress_file
 from labkit.course.lessons import lesson
 from labkit.course.sandbox import Finding, examine
@@ -32,6 +34,7 @@ class Exercise:
     check       calls the function it is given and raises ``check.Wrong`` where the answer is wrong
     hints       one to three, each a little closer
     seconds     how long all calls of one check may take together
+    launch      for a kernel, which is not called: ``launch(kernel, *args)`` runs it on what the check hands over
     """
 
     id: str
@@ -44,6 +47,7 @@ class Exercise:
     check_function: Check
     hints: tuple[str, ...] = ()
     seconds: float = 20.0
+    launch: Callable[..., Any] | None = None
     _hints_shown: int = field(default=0, repr=False)
 
     def __init__(
@@ -59,6 +63,7 @@ class Exercise:
         check: Check,
         hints: tuple[str, ...] | list[str] = (),
         seconds: float = 20.0,
+        launch: Callable[..., Any] | None = None,
     ) -> None:
         if difficulty not in LEVELS:
             raise ValueError(f"exercise {id}: difficulty must be one of {LEVELS}, found {difficulty!r}")
@@ -69,11 +74,11 @@ class Exercise:
         self.starter = textwrap.dedent(starter).strip()
         self.solution_function, self.check_function = solution, check
         self.hints = tuple(inspect.cleandoc(h) for h in hints)
-        self.seconds, self._hints_shown = seconds, 0
+        self.seconds, self.launch, self._hints_shown = seconds, launch, 0
 
     def examine(self, function: Callable[..., Any]) -> Finding:
         """What the check finds, without printing and without keeping it. Never raises for what a learner wrote."""
-        return examine(self.check_function, function, seconds=self.seconds)
+        return examine(self.check_function, function, seconds=self.seconds, launch=self.launch)
 
     def check(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Check ``function``, say what was found, and give back the function that the next cells run.
@@ -84,6 +89,8 @@ class Exercise:
         if finding.state != "not attempted":
             progress_file.record(self.id, state=finding.state)
         print(self.report(finding))
+        if finding.figure is not None:
+            display(finding.figure)
         return function if finding.state == "right" else self.solution_function
 
     def report(self, finding: Finding) -> str:
@@ -121,7 +128,7 @@ class Exercise:
     def solution(self) -> None:
         """Print the source of a solution."""
         progress_file.record(self.id, solution_seen=True)
-        print(textwrap.dedent(inspect.getsource(self.solution_function)).rstrip())
+        print(textwrap.dedent(inspect.getsource(_plain(self.solution_function))).rstrip())
 
     def _head(self) -> tuple[str, str]:
         return (
@@ -137,6 +144,12 @@ class Exercise:
         title, effort = self._head()
         dots = "●" * self.difficulty + "○" * (3 - self.difficulty)
         return f"**{title}**  \n{dots} {effort}\n\n{self.statement}"
+
+
+def _plain(function: Any) -> Callable[..., Any]:
+    """The Python function of a kernel; any other function as it is."""
+    plain: Callable[..., Any] = getattr(function, "fn", function)
+    return plain
 
 
 def exercise(id: str) -> Exercise:

@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ class Finding:
     message: str = ""
     given: str = ""
     printed: str = ""
+    figure: Any = None  # shows where it is wrong
 
 
 class _NotAttempted(BaseException):
@@ -61,21 +63,26 @@ class _Printed(io.StringIO):
 class _Watched:
     """The learner's function as a check sees it: called with copies, its failures turned into sentences."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], launch: Callable[..., Any] | None = None) -> None:
         self.function = function
+        self.launch = launch
         self.given = ""
         self.__name__ = getattr(function, "__name__", "your function")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.given = _given(self.function, args, kwargs)
-        _refuse_wrong_signature(self.function, args, kwargs)
+        if self.launch is not None:
+            call: Callable[..., Any] = partial(self.launch, self.function)
+        else:
+            call = self.function
+            _refuse_wrong_signature(self.function, args, kwargs)
+        self.given = _given(call, args, kwargs)
         try:
-            return self.function(*_copied(args), **_copied(kwargs))
-        except (_TimeIsUp, _NotAttempted):
+            return call(*_copied(args), **_copied(kwargs))
+        except (_TimeIsUp, _NotAttempted, Wrong):
             raise
         except NotImplementedError as error:
             if _from_torch(error):
-                raise Wrong(_raised(error)) from error
+                raise Wrong(self._raised(error)) from error
             raise _NotAttempted from error
         except RecursionError as error:
             raise Wrong(
@@ -88,11 +95,22 @@ class _Watched:
         except KeyboardInterrupt as error:
             raise Wrong("your function was interrupted before it returned.") from error
         except BaseException as error:
-            raise Wrong(_raised(error)) from error
+            raise Wrong(self._raised(error)) from error
+
+    def _raised(self, error: BaseException) -> str:
+        return _raised(error, self.__name__ if self.launch is not None else None)
 
 
-def examine(check: Callable[[Callable[..., Any]], str | None], function: Any, *, seconds: float) -> Finding:
+def examine(
+    check: Callable[[Callable[..., Any]], str | None],
+    function: Any,
+    *,
+    seconds: float,
+    launch: Callable[..., Any] | None = None,
+) -> Finding:
     """Run ``check`` on ``function`` and say what it found; ``seconds`` is the limit for all of it.
+
+    A kernel is not called but launched: then the check's arguments go to ``launch(function, *args)``.
 
     The limit needs the main thread of a POSIX system; elsewhere there is none.
     """
@@ -102,7 +120,8 @@ def examine(check: Callable[[Callable[..., Any]], str | None], function: Any, *,
             f"check() got {describe(function)}; expected the function itself. "
             "Hand over its name without parentheses: .check(my_function)",
         )
-    watched = _Watched(function)
+    watched = _Watched(function, launch)
+    figure = None
     printed = _Printed()
     try:
         with _state_kept(), _limit(seconds), contextlib.redirect_stdout(printed):
@@ -114,7 +133,7 @@ def examine(check: Callable[[Callable[..., Any]], str | None], function: Any, *,
             f"your function had not finished after {seconds:g} seconds. Is there a loop that never ends?"
         )
     except Wrong as wrong:
-        message = str(wrong)
+        message, figure = str(wrong), wrong.figure
     except KeyboardInterrupt:
         message = "the check was interrupted before it was through."
     except Exception as error:
@@ -122,7 +141,7 @@ def examine(check: Callable[[Callable[..., Any]], str | None], function: Any, *,
         message = f"what your function returned could not be read: {_one_line(error)}."
     else:
         return Finding("right", remark or "", printed=printed.getvalue().rstrip())
-    return Finding("not yet", message, watched.given, printed.getvalue().rstrip())
+    return Finding("not yet", message, watched.given, printed.getvalue().rstrip(), figure)
 
 
 def _given(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -169,8 +188,10 @@ def _copied(value: Any) -> Any:
         return value
 
 
-def _raised(error: BaseException) -> str:
+def _raised(error: BaseException, kernel: str | None) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    if kernel is not None:  # below what launches it
+        frames = [f for f in frames if f.name == kernel]
     line = f" in the line `{frames[0].line}`" if frames and frames[0].line else ""
     return f"your function raised {_one_line(error)}{line}."
 

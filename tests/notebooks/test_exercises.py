@@ -76,7 +76,9 @@ def test_the_solution_passes(item: Exercise) -> None:
 
 @pytest.mark.parametrize("item", EXERCISES, ids=lambda e: e.id)
 def test_the_starter_counts_as_not_attempted(item: Exercise) -> None:
-    scope: dict[str, Any] = {}
+    scope = {
+        k: v for k, v in vars(lesson(item.id[:2])).items() if k in ("triton", "tl")
+    }  # what decorators need
     exec("from __future__ import annotations\n" + item.starter, scope)
     made = [
         v for k, v in scope.items() if callable(v) and k not in ("__builtins__",) and k.startswith("my_")
