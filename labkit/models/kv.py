@@ -26,10 +26,17 @@ class KVSpec:
                 raise ValueError(f"kv.{f.name} must be one of {', '.join(DTYPES)}, found {name!r}")
 
     def round(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, of any shape, as they come back from where they are kept, in their own dtypes."""
-        return tuple(x.to(dtype).to(x.dtype) for x, dtype in zip((k, v), self.dtypes, strict=True))  # type: ignore
+        """Keys and values, of any shape, as they come back from where they are kept, in their own dtypes.
+
+        fp32 leaves them as they are, float64 too.
+        """
+        return _kept(k, self.key), _kept(v, self.value)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """Those of keys and values."""
         return DTYPES[self.key], DTYPES[self.value]
+
+
+def _kept(x: Tensor, name: str) -> Tensor:
+    return x if name == "fp32" else x.to(DTYPES[name]).to(x.dtype)
