@@ -19,6 +19,13 @@ from labkit.models.config import ModelConfig
 from labkit.models.kv import KVSpec
 from labkit.models.llama import visible
 
+PANEL = 16  # keys that lie beside each other, number by number: our own kernel multiplies all by a query at once
+
+
+def panels(length: int) -> int:
+    """How many hold so many positions."""
+    return -(-length // PANEL)
+
 
 class KVCache:
     """Keys and values of up to ``max_batch`` requests of up to ``max_len`` tokens each.
@@ -26,13 +33,17 @@ class KVCache:
     A request is known by its id: ``add`` gives it a row, ``batch`` makes what the model is called with to
     append tokens, ``remove`` frees the row. Memory is taken when a position is first written, not before.
 
-    kv  what they are kept in; it should be the model's own, whose pass rounds them to it
+    kv      what they are kept in; it should be the model's own, whose pass rounds them to it
+    keys    (layers, max_batch, kv_heads, panels, head_dim, PANEL): position p is keys[..., p // PANEL, :, p % PANEL]
+    values  (layers, max_batch, kv_heads, max_len, head_dim)
     """
 
     def __init__(self, config: ModelConfig, *, max_batch: int, max_len: int, kv: KVSpec | None = None) -> None:
         self.config, self.max_batch, self.max_len = config, max_batch, max_len
-        shape = (config.layers, max_batch, config.kv_heads, max_len, config.head_dim)
-        self.keys, self.values = (_zeros(shape, dtype) for dtype in (kv or KVSpec()).dtypes)
+        key, value = (kv or KVSpec()).dtypes
+        rows = config.layers, max_batch, config.kv_heads
+        self.keys = _zeros((*rows, panels(max_len), config.head_dim, PANEL), key)
+        self.values = _zeros((*rows, max_len, config.head_dim), value)
         self._ids: list[int] = []  # by row
         self._lengths: list[int] = []  # by row: positions that are taken
 
@@ -62,14 +73,14 @@ class KVCache:
     def remove(self, id: int) -> None:
         """Free a request's row; the last row takes its place. Nothing of the request stays in memory."""
         row, last = self._ids.index(id), len(self._ids) - 1
-        used, moved = self._lengths[row], self._lengths[last]
-        for store in (self.keys, self.values):
+        length, kept = self._lengths[row], self._lengths[last]
+        for store, used, moved in ((self.keys, panels(length), panels(kept)), (self.values, length, kept)):
             if row != last:
                 store[:, row, :, :moved] = store[:, last, :, :moved]
             # Zeros, because a masked position still takes part in the sum as 0 * value, and 0 * NaN is NaN.
             store[:, row, :, moved if row != last else 0 : used] = 0
             store[:, last, :, :moved] = 0
-        self._ids[row], self._lengths[row] = self._ids[last], moved
+        self._ids[row], self._lengths[row] = self._ids[last], kept
         self._ids.pop()
         self._lengths.pop()
 
@@ -110,10 +121,8 @@ class Batch:
     # What follows is for ``update``: a step of our own kernel needs none of it.
 
     @cached_property
-    def _views(self) -> tuple[Tensor, Tensor]:
-        """Keys and values so far, (layers, B, kv_heads, S, head_dim)."""
-        rows = slice(int(self.slots[0]), int(self.slots[-1]) + 1)
-        return self._cache.keys[:, rows, :, : self._seen], self._cache.values[:, rows, :, : self._seen]
+    def _rows(self) -> slice:
+        return slice(int(self.slots[0]), int(self.slots[-1]) + 1)
 
     @cached_property
     def _masks(self) -> list[Tensor | None]:
@@ -130,15 +139,16 @@ class Batch:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keep a layer's new keys and values (B, kv_heads, T, head_dim) and give all so far, T become S."""
-        stored = tuple(view[layer] for view in self._views)  # (B, kv_heads, S, head_dim) each
-        for into, new in zip(stored, (k, v), strict=True):
-            if self._new is not None:
-                into[:, :, self._new] = new
-            else:
-                rows = torch.arange(len(self.ids))[:, None]  # (B, 1)
-                into[rows, :, self.positions] = new.transpose(1, 2).to(into.dtype)  # (B, T, kv_heads, head_dim)
-        keys, values = (part.to(new.dtype) for part, new in zip(stored, (k, v), strict=True))
-        return keys, values, self._masks[layer]
+        keys = self._cache.keys[layer, self._rows, :, : panels(self._seen)]  # (B, kv_heads, panels, head_dim, PANEL)
+        values = self._cache.values[layer, self._rows, :, : self._seen]  # (B, kv_heads, S, head_dim)
+        rows, at = torch.arange(len(self.ids))[:, None], self.positions  # (B, 1), (B, T)
+        keys[rows, :, at // PANEL, :, at % PANEL] = k.transpose(1, 2).to(keys.dtype)  # (B, T, kv_heads, head_dim)
+        if self._new is not None:
+            values[:, :, self._new] = v
+        else:
+            values[rows, :, at] = v.transpose(1, 2).to(values.dtype)
+        whole = keys.transpose(-1, -2).flatten(2, 3)[:, :, : self._seen]  # (B, kv_heads, S, head_dim)
+        return whole.to(k.dtype), values.to(v.dtype), self._masks[layer]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -34,7 +34,11 @@ class _Model(ctypes.Structure):
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = [("keys", _POINTER), ("values", _POINTER), ("slots", _LONG), ("length", _LONG), ("half", ctypes.c_int32)]
+    _fields_ = [
+        *((name, _POINTER) for name in ("keys", "values")),
+        *((name, _LONG) for name in ("slots", "panels", "length")),
+        ("half", ctypes.c_int32),
+    ]
 
 
 class Step:
@@ -84,7 +88,7 @@ class Step:
             ctypes.addressof(layers), self._weight(model.lm_head),
         )  # fmt: skip
         self._cache = _Cache(
-            cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[1], cache.keys.shape[3],
+            cache.keys.data_ptr(), cache.values.data_ptr(), *cache.keys.shape[1:4:2], cache.max_len,
             cache.keys.dtype == torch.float16,
         )
         # Of float32 weights torch's own product is faster where rows are many.

@@ -88,7 +88,7 @@ struct Eight {
 // each group. One that is used again keeps its memory.
 class Input {
 public:
-    long rows, in, groups, runs;
+    long rows = 0, in = 0, groups = 0, runs = 0;
     const float* x;             // (rows, in)
     std::vector<float> sums;      // (rows, groups), where the weight has offsets
     std::vector<int8_t> codes;    // (rows, in), and what follows, where x is rounded
@@ -100,8 +100,15 @@ public:
         for (long m = 0; m < rows; m++) row(w, m);
     }
 
-    // The two halves of it: so that threads can share the rows.
+    // Whether what was taken for another weight is what this one wants.
+    bool fits(const Linear& w) const {
+        return w.in == taken_.in && w.columns == taken_.columns && w.order == taken_.order && w.width == taken_.width &&
+               w.input_width == taken_.input_width && !w.offset == !taken_.offset && (!runs || w.base() == taken_.base());
+    }
+
+    // The two halves of `take`: so that threads can share the rows.
     void make_room(const Linear& w, const float* given, long count) {
+        taken_ = w;
         const bool moved = w.order || w.in != w.columns;
         rows = count, in = w.in, groups = w.groups(), runs = w.input_width ? w.runs() : 0, given_ = given;
         if (moved) arranged_.assign(rows * in, 0);
@@ -125,6 +132,7 @@ public:
     }
 
 private:
+    Linear taken_{};  // the weight it was last taken for
     const float* given_;  // (rows, columns)
     std::vector<float> arranged_;
 

@@ -32,8 +32,9 @@ struct Model {
 };
 
 struct Cache {
-    void *keys, *values;  // (layers, slots, kv_heads, length, head_dim)
-    int64_t slots, length;
+    void* keys;    // (layers, slots, kv_heads, panels, head_dim, 16): keys 0 to 15 number by number, then the next
+    void* values;  // (layers, slots, kv_heads, length, head_dim)
+    int64_t slots, panels, length;
     int32_t half;  // they are float16, else float32
 };
 
@@ -78,55 +79,115 @@ inline void rotate(float* x, const float* cos, const float* sin, long half) {
     }
 }
 
-template <class Stored>
-float dot(const float* a, const Stored* b, long size) {
-    Floats sum[2] = {zeros(), zeros()};
-    long i = 0;
-    for (; i + 2 * LANES <= size; i += 2 * LANES)
-        for (int j = 0; j < 2; j++) sum[j] = multiply_add(load(a + i + j * LANES), load(b + i + j * LANES), sum[j]);
-    float rest = sum_of(add(sum[0], sum[1]));
-    for (; i < size; i++) rest += a[i] * number(b[i]);
-    return rest;
-}
+// One head's query for one token, which sees the positions first..last of its sequence.
+struct Query {
+    float* numbers;  // (size,)
+    long first, last;
+    float* out;  // (size,): the values that its softmax over the keys mixes
+};
 
-// out (VECTORS * 16,): the sum of weights (last + 1,) times rows first..last of values, of which one is `size` long.
-template <int VECTORS, class Stored>
-void mix(const float* weights, const Stored* values, long first, long last, long size, float factor, float* out) {
-    Floats sum[VECTORS][2];
-    for (auto& pair : sum) pair[0] = pair[1] = zeros();
-    const auto row = [&](long s, int which) {
-        fetch_ahead(values + s * size, VECTORS * LANES * sizeof(Stored));
-        const Floats weight = all(weights[s]);
-        for (int i = 0; i < VECTORS; i++) sum[i][which] = multiply_add(weight, load(values + s * size + i * LANES), sum[i][which]);
-    };
-    long s = first;
-    for (; s < last; s += 2) row(s, 0), row(s + 1, 1);
-    if (s == last) row(s, 0);
-    for (int i = 0; i < VECTORS; i++) store(out + i * LANES, multiply(add(sum[i][0], sum[i][1]), all(factor)));
-}
+constexpr int QUERIES = 4;  // that share what is loaded of keys and values
 
-// out (size,): the values that a query's softmax over keys first..last mixes. keys and values (length, size).
-template <class Stored>
-void attend(const float* query, const Stored* keys, const Stored* values, long first, long last, long size, float* scores, float* out) {
-    const float scale = 1 / std::sqrt(float(size));
-    float largest = -INFINITY;
-    for (long s = first; s <= last; s++) {
-        fetch_ahead(keys + s * size, size * sizeof(Stored));
-        scores[s] = dot(query, keys + s * size, size) * scale;
-        largest = std::max(largest, scores[s]);
+// scores (COUNT, stride): the queries times the keys of panels from..to, each of which is (size, 16).
+template <int COUNT, class Stored>
+void multiply_keys(const Query* queries, const Stored* keys, long from, long to, long size, float* scores, long stride) {
+    constexpr int SUMS = sums_of(COUNT);
+    const Floats scale = all(1 / std::sqrt(float(size)));
+    for (long panel = from; panel <= to; panel++) {
+        Floats sum[COUNT][SUMS];
+        for (auto& row : sum)
+            for (auto& one : row) one = zeros();
+        const Stored* key = keys + panel * size * LANES;
+        long i = 0;
+        const auto multiply_by = [&](int which) {
+            fetch_ahead(key + i * LANES, LANES * sizeof(Stored));
+            const Floats numbers = load(key + i * LANES);
+            for (int j = 0; j < COUNT; j++) sum[j][which] = multiply_add(numbers, all(queries[j].numbers[i]), sum[j][which]);
+            i++;
+        };
+        while (i + SUMS <= size)
+            for (int which = 0; which < SUMS; which++) multiply_by(which);
+        while (i < size) multiply_by(0);
+        for (int j = 0; j < COUNT; j++) {
+            for (int which = 1; which < SUMS; which++) sum[j][0] = add(sum[j][0], sum[j][which]);
+            store(scores + j * stride + panel * LANES, multiply(sum[j][0], scale));
+        }
     }
-    float sum = 0;
+}
+
+// Writes VECTORS * 16 numbers of each query's result: the sums of its weights, (COUNT, stride), times rows from..to of values, of
+// which one is `size` long, times its factor.
+template <int COUNT, int VECTORS, class Stored>
+void mix_values(const Query* queries, const float* weights, long stride, const Stored* values, long from, long to, long size,
+                const float* factors, long at) {
+    Floats sum[COUNT][VECTORS];
+    for (auto& row : sum)
+        for (auto& one : row) one = zeros();
+    for (long s = from; s <= to; s++) {
+        const Stored* value = values + s * size + at;
+        fetch_ahead(value, VECTORS * LANES * sizeof(Stored));
+        Floats numbers[VECTORS];
+        for (int i = 0; i < VECTORS; i++) numbers[i] = load(value + i * LANES);
+        for (int j = 0; j < COUNT; j++)
+            for (int i = 0; i < VECTORS; i++) sum[j][i] = multiply_add(all(weights[j * stride + s]), numbers[i], sum[j][i]);
+    }
+    for (int j = 0; j < COUNT; j++)
+        for (int i = 0; i < VECTORS; i++) store(queries[j].out + at + i * LANES, multiply(sum[j][i], all(factors[j])));
+}
+
+// Attention of COUNT queries over one head's keys, in panels of 16, and values (length, size). scores is room for (COUNT, stride).
+template <int COUNT, class Stored>
+void attend(const Query* queries, const Stored* keys, const Stored* values, long size, float* scores, long stride) {
+    long from = queries[0].first, to = queries[0].last;
+    for (int j = 1; j < COUNT; j++) from = std::min(from, queries[j].first), to = std::max(to, queries[j].last);
+    multiply_keys<COUNT>(queries, keys, from / LANES, to / LANES, size, scores, stride);
+    float factors[COUNT];
+    for (int j = 0; j < COUNT; j++) {
+        float *score = scores + j * stride, largest = -INFINITY, sum = 0;
+        const long first = queries[j].first, last = queries[j].last;
+#pragma omp simd reduction(max : largest)
+        for (long s = first; s <= last; s++) largest = std::max(largest, score[s]);
 #pragma omp simd reduction(+ : sum)
-    for (long s = first; s <= last; s++) sum += scores[s] = exp_of(scores[s] - largest);
-    const float factor = 1 / sum;
-    long i = 0;
-    for (; i + 4 * LANES <= size; i += 4 * LANES) mix<4>(scores, values + i, first, last, size, factor, out + i);
-    for (; i + LANES <= size; i += LANES) mix<1>(scores, values + i, first, last, size, factor, out + i);
-    for (; i < size; i++) {
-        float mixed = 0;
-        for (long s = first; s <= last; s++) mixed += scores[s] * number(values[s * size + i]);
-        out[i] = mixed * factor;
+        for (long s = first; s <= last; s++) sum += score[s] = exp_of(score[s] - largest);
+        std::fill(score + from, score + first, 0);  // what another of them sees and it does not
+        std::fill(score + last + 1, score + to + 1, 0);
+        factors[j] = 1 / sum;
     }
+    long at = 0;
+    for (; at + 4 * LANES <= size; at += 4 * LANES) mix_values<COUNT, 4>(queries, scores, stride, values, from, to, size, factors, at);
+    for (; at + LANES <= size; at += LANES) mix_values<COUNT, 1>(queries, scores, stride, values, from, to, size, factors, at);
+    for (; at < size; at++)
+        for (int j = 0; j < COUNT; j++) {
+            float sum = 0;
+            for (long s = from; s <= to; s++) sum += scores[j * stride + s] * number(values[s * size + at]);
+            queries[j].out[at] = sum * factors[j];
+        }
+}
+
+template <class Stored, int COUNT = QUERIES>
+void attend(int count, const Query* queries, const Stored* keys, const Stored* values, long size, float* scores, long stride) {
+    if constexpr (COUNT > 0) {
+        if (count < COUNT) attend<Stored, COUNT - 1>(count, queries, keys, values, size, scores, stride);
+        else attend<COUNT>(queries, keys, values, size, scores, stride);
+    }
+}
+
+// Some of the queries that share a head of keys: those `first`, `first` + 1, ... of the rows row..row + rows - 1 of one sequence,
+// each of which has `group` of them.
+struct Share {
+    long row, head, first;
+    int count;
+};
+
+inline std::vector<Share> shares_of(const int64_t* slots, long rows, long kv_heads, long group) {
+    std::vector<Share> shares;
+    for (long row = 0, end; row < rows; row = end) {
+        for (end = row + 1; end < rows && slots[end] == slots[row];) end++;
+        for (long first = 0; first < (end - row) * group; first += QUERIES)
+            for (long head = 0; head < kv_heads; head++)
+                shares.push_back({row, head, first, int(std::min<long>(QUERIES, (end - row) * group - first))});
+    }
+    return shares;
 }
 
 // x (rows, hidden): the new tokens' embeddings on the way in. Row r continues the sequence in slot slots[r] of the cache, where
@@ -138,6 +199,7 @@ void step(const Model& model, const Cache& cache, const int64_t* slots, const in
     const long hidden = model.hidden, size = model.head_dim, half = size / 2, group = model.heads / model.kv_heads;
     const long q_size = model.heads * size, kv_size = model.kv_heads * size;
     std::vector<float> q(rows * q_size), k(rows * kv_size), v(rows * kv_size), mixed(rows * q_size);
+    const std::vector<Share> shares = shares_of(slots, rows, model.kv_heads, group);
     std::optional<Barrier> barrier;
     std::vector<float> inner(rows * model.intermediate), cos(rows * half), sin(rows * half);
     for (long i = 0; i < rows * half; i++) {
@@ -150,61 +212,81 @@ void step(const Model& model, const Cache& cache, const int64_t* slots, const in
         const long parts = omp_get_num_threads(), part = omp_get_thread_num();
 #pragma omp single
         barrier.emplace(parts);
-        std::vector<float> normed(rows * hidden), scores(cache.length);
+        const long stride = cache.panels * LANES;
+        std::vector<float> normed(rows * hidden), scores(QUERIES * stride);
         Input input;
+        const float* last = nullptr;
         const auto norm = [&](const float* weight) {
             for (long m = 0; m < rows; m++) rms_norm(&x[m * hidden], weight, hidden, model.eps, &normed[m * hidden]);
         };
-        // This thread's share of a product, given to `put` number by number: put(row, output, value).
+        // This thread's share of a product, given to `put` as it comes: put(row, first output, how many, their values).
+        // `given` is null where it is what the last product was given.
         const auto share = [&](const Linear& w, const float* given, long rows, auto put) {
-            input.take(w, given, rows);
+            if (given) last = given;
+            if (given || !input.fits(w)) input.take(w, last, rows);
             const long panels = w.panels();
             products(w, panels * part / parts, panels * (part + 1) / parts, input,
                      [&](long n, long first, int count, const float* y) {
-                         for (int m = 0; m < count; m++)
-                             for (long j = 0; j < w.stored(n); j++) put(first + m, n * LANES + j, y[m * LANES + j]);
+                         for (int m = 0; m < count; m++) put(first + m, n * LANES, w.stored(n), y + m * LANES);
                      });
         };
         const auto into = [](float* y, long out) {
-            return [y, out](long m, long n, float value) { y[m * out + n] = value; };
+            return [y, out](long m, long n, long count, const float* values) {
+                std::memcpy(y + m * out + n, values, count * sizeof(float));
+            };
         };
-        const auto onto_x = [&](long m, long n, float value) { x[m * hidden + n] += value; };
+        const auto onto_x = [&](long m, long n, long count, const float* values) {
+            float* sums = x + m * hidden + n;
+#pragma omp simd
+            for (long j = 0; j < count; j++) sums[j] += values[j];
+        };
 
         for (long l = 0; l < model.layers; l++) {
             const Layer& layer = model.layer[l];
             norm(layer.input_norm);
             share(layer.q, normed.data(), rows, into(q.data(), q_size));
-            share(layer.k, normed.data(), rows, into(k.data(), kv_size));
-            share(layer.v, normed.data(), rows, into(v.data(), kv_size));
+            share(layer.k, nullptr, rows, into(k.data(), kv_size));
+            share(layer.v, nullptr, rows, into(v.data(), kv_size));
             barrier->wait();
-            const auto head = [&](long m, long h) {  // where the cache has what row m sees with its head h
-                return ((l * cache.slots + slots[m]) * model.kv_heads + h) * cache.length * size;
+            const auto keys_of = [&](long m, long h) {  // where the cache has what row m sees with its head h
+                return all_keys + ((l * cache.slots + slots[m]) * model.kv_heads + h) * stride * size;
+            };
+            const auto values_of = [&](long m, long h) {
+                return all_values + ((l * cache.slots + slots[m]) * model.kv_heads + h) * cache.length * size;
             };
             for (long unit = part; unit < rows * model.kv_heads; unit += parts) {
-                const long m = unit / model.kv_heads, h = unit % model.kv_heads, place = head(m, h) + positions[m] * size;
+                const long m = unit / model.kv_heads, h = unit % model.kv_heads, at = positions[m];
                 float* key = &k[m * kv_size + h * size];
                 if (layer.k_norm) rms_norm(key, layer.k_norm, size, model.eps, key);
                 rotate(key, &cos[m * half], &sin[m * half], half);
-                keep(key, size, all_keys + place);
-                keep(&v[m * kv_size + h * size], size, all_values + place);
+                Stored* panel = keys_of(m, h) + at / LANES * LANES * size;
+                for (long i = 0; i < size; i++) keep(key + i, 1, panel + i * LANES + at % LANES);
+                keep(&v[m * kv_size + h * size], size, values_of(m, h) + at * size);
             }
             barrier->wait();
-            for (long unit = part; unit < rows * model.heads; unit += parts) {
-                const long m = unit / model.heads, i = unit % model.heads, place = head(m, i / group), at = positions[m];
-                float* query = &q[m * q_size + i * size];
-                if (layer.q_norm) rms_norm(query, layer.q_norm, size, model.eps, query);
-                rotate(query, &cos[m * half], &sin[m * half], half);
-                const long first = layer.window ? std::max<long>(0, at - layer.window + 1) : 0;
-                attend(query, all_keys + place, all_values + place, first, at, size, scores.data(), &mixed[m * q_size + i * size]);
+            for (size_t unit = part; unit < shares.size(); unit += parts) {
+                const Share& share = shares[unit];
+                Query queries[QUERIES];
+                for (int j = 0; j < share.count; j++) {
+                    const long m = share.row + (share.first + j) / group, i = share.head * group + (share.first + j) % group;
+                    float* query = &q[m * q_size + i * size];
+                    if (layer.q_norm) rms_norm(query, layer.q_norm, size, model.eps, query);
+                    rotate(query, &cos[m * half], &sin[m * half], half);
+                    const long first = layer.window ? std::max<long>(0, positions[m] - layer.window + 1) : 0;
+                    queries[j] = {query, first, positions[m], &mixed[m * q_size + i * size]};
+                }
+                attend<Stored>(share.count, queries, keys_of(share.row, share.head), values_of(share.row, share.head), size,
+                               scores.data(), stride);
             }
             barrier->wait();
             share(layer.o, mixed.data(), rows, onto_x);
             barrier->wait();
             norm(layer.post_norm);
             share(layer.gate, normed.data(), rows, into(inner.data(), model.intermediate));
-            share(layer.up, normed.data(), rows, [&](long m, long n, float value) {
-                float& gate = inner[m * model.intermediate + n];  // its panel is this thread's too
-                gate = gate / (1 + exp_of(-gate)) * value;
+            share(layer.up, nullptr, rows, [&](long m, long n, long count, const float* values) {
+                float* gate = &inner[m * model.intermediate + n];  // its panel is this thread's too
+#pragma omp simd
+                for (long j = 0; j < count; j++) gate[j] = gate[j] / (1 + exp_of(-gate[j])) * values[j];
             });
             barrier->wait();
             share(layer.down, inner.data(), rows, onto_x);

@@ -117,17 +117,17 @@ def test_in_fp16_what_fits_comes_back_as_it_was():
             assert ours is None or (torch.equal(ours, theirs) and ours.dtype == theirs.dtype)
 
 
-def test_rows_of_equal_length_need_no_mask_and_are_not_copied():
+def test_rows_of_equal_length_need_no_mask_and_values_are_not_copied():
     cache = KVCache(config(windows=(None, None)), max_batch=2, max_len=8)
     for id in (0, 1):
         cache.add(id)
     for tokens in (3, 1):
         batch = cache.batch([0, 1], tokens)
         k = torch.randn(2, 2, tokens, 6)
-        keys, _, mask = batch.update(1, k, k)
+        keys, values, mask = batch.update(1, k, k)
     assert mask is None
-    assert keys.shape == (2, 2, 4, 6)
-    assert keys.untyped_storage().data_ptr() == cache.keys.untyped_storage().data_ptr()
+    assert keys.shape == values.shape == (2, 2, 4, 6) and torch.equal(keys, values)
+    assert values.untyped_storage().data_ptr() == cache.values.untyped_storage().data_ptr()
 
 
 def test_a_request_that_wrote_nan_leaves_nothing_behind():

@@ -86,6 +86,40 @@ def test_equals_the_models_own_pass(config: str, spec: str | None, threads: int)
         torch.set_num_threads(before)
 
 
+WAYS = [  # of q, k and v, and of gate and up: spec, input, seed of act-order
+    [("int4 g16 asym", "g8", 0), ("int4 g16 asym", None, 0), ("int4 g16 asym", "g16", 0)],
+    [("int4 g16 asym", None, 1), ("int4 g16 asym", None, 2), ("int4 g16 asym", None, 0)],
+    [("int4 g16", "g8", 0), ("int8 g16", "g8", 0), ("int8 g16 asym", "g8", 0)],
+    [("int4 g16 asym", "g8", 0), ("int4 g8 asym", "g8", 0), ("int3 g16", "g8", 0)],
+    [("int4 g16 asym", None, 0), ("int4 g8 asym", None, 0), ("int4 g16", None, 0)],
+    [("nf4 g16", None, 0), (None, None, 0), ("int4 g16 asym", "g8", 1)],
+]
+
+
+@pytest.mark.parametrize("ways", WAYS)
+@torch.inference_mode()
+def test_neighbours_that_want_their_input_each_in_its_own_way(ways: list[tuple[str | None, str | None, int]]) -> None:
+    llama = random_llama(PLAIN)
+    for block in llama.blocks:
+        attention, mlp = block.self_attn, block.mlp
+        linears = [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
+        for linear, (spec, input, seed) in zip(linears, [*ways, *ways[:2]], strict=True):
+            if spec is None:
+                continue
+            weight, grid, columns = linear.weight.detach(), QuantSpec.parse(spec), torch.arange(linear.in_features)
+            found = encode(weight, grid, fit(weight, grid))
+            if seed:
+                order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(seed))
+                found = replace(found, g_idx=(columns.int() // 16)[order])
+            linear.weight = found
+            linear.input = QuantSpec.parse(f"int8 {input} narrow scale=fp32") if input else None
+    plain, native = filled(llama, [9, 4]), filled(llama, [9, 4])
+    for new in ([[7], [8]], [[3], [2]]):
+        wanted = llama(torch.tensor(new), plain.batch([0, 1], 1))[:, 0]
+        found = Step(llama, native)(torch.tensor(new), native.batch([0, 1], 1))
+        assert (found - wanted).norm() < (0.01 if any(input for _, input, _ in ways) else 1e-5) * wanted.norm()
+
+
 @torch.inference_mode()
 def test_scores_beyond_what_an_exponential_can_hold() -> None:
     llama = random_llama(PLAIN)
@@ -97,6 +131,19 @@ def test_scores_beyond_what_an_exponential_can_hold() -> None:
     torch.testing.assert_close(
         Step(llama, native)(new[:, None], native.batch([0, 1], 1)), wanted, rtol=1e-3, atol=1e-2
     )
+
+
+@pytest.mark.parametrize("heads", [(12, 1), (10, 2), (4, 4)])
+@torch.inference_mode()
+def test_as_many_queries_of_a_head_as_there_are(heads: tuple[int, int]) -> None:
+    """Twelve queries that share a head of keys are three shares, five are two, and a stretch of a text has them too."""
+    llama = random_llama(replace(PLAIN, heads=heads[0], kv_heads=heads[1], head_dim=16, windows=(None, 3, None)))
+    plain, native = filled(llama, [2, 20, 31]), filled(llama, [2, 20, 31])
+    for tokens in (1, 3):
+        new = texts(llama, 3)[:, :tokens]
+        wanted = llama(new, plain.batch([0, 1, 2], tokens))[:, -1]
+        found = Step(llama, native)(new, native.batch([0, 1, 2], tokens))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("head_dim", [10, 16, 40, 64, 80, 128])
