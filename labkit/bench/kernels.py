@@ -6,9 +6,7 @@ than ``STREAMED`` bytes together, and takes them in turn.
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
-import mmap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -25,6 +23,7 @@ import labkit
 from labkit.bench.measure import Contender, Row, Setting, Unit, invited
 from labkit.bench.pipe import Peer
 from labkit.kernels import Prepared, prepare
+from labkit.kernels.arena import Arena
 from labkit.quant import QuantizedTensor, QuantSpec, encode, fit
 
 SIZE = 4096
@@ -164,9 +163,7 @@ def bitsandbytes(weight: Tensor, x: Tensor) -> Contender:
 
 def memory(size: float) -> Contender:
     """Reading ``size`` bytes, by the fastest reader that torch has, from pages as large as the system gives them."""
-    block = torch.empty(READ // 4)
-    _large_pages(block)
-    block.fill_(1.0)
+    block = Arena(READ).take(torch.ones(1).expand(READ // 4))
     readers: Sequence[Callable[[], object]] = (block.sum, block.max, lambda: torch.dot(block, block))
 
     def turn() -> float:
@@ -181,15 +178,6 @@ def _timed(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def _large_pages(block: Tensor) -> None:
-    """Ask for large pages under a tensor that nobody has written yet; a system that knows none has none."""
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is not None:
-        page = mmap.PAGESIZE
-        first = -(-block.data_ptr() // page) * page
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(block.nbytes - page), advice)
 
 
 def _copy(weight: Any) -> Any:

@@ -26,11 +26,32 @@ def rounded(x: Tensor, input: QuantSpec | None) -> Tensor:
 
 def not_on_a_cpu(weight: QuantizedTensor) -> str | None:
     """What keeps any kernel for the CPU from taking ``weight``: it must be a matrix, there, of codes alone."""
+    return not_on("the CPU", weight.codes.device.type == "cpu", weight)
+
+
+def not_on(where: str, there: bool, weight: QuantizedTensor) -> str | None:
+    """The same of a kernel for ``where``, and whether ``weight`` is there."""
     if weight.codes.dim() != 2 or weight.codes.numel() == 0:
         return f"the kernel wants a matrix that is not empty, found shape {tuple(weight.shape)}"
-    if weight.codes.device.type != "cpu":
-        return f"the kernel is for the CPU, found codes on {weight.codes.device}"
+    if not there:
+        return f"the kernel is for {where}, found codes on {weight.codes.device}"
     return None if weight.outliers is None else "it does not know outliers"
+
+
+def not_of_groups(weight: QuantizedTensor, multiple: int) -> str | None:
+    """Why codes are no table of one kind, or integers, on groups of columns that are a multiple of so many wide."""
+    spec, width = weight.spec, width_of(weight)
+    if spec.bits > 4 and not spec.is_integer:
+        return f"above 4 bits the kernel is for integers, found {spec.format}"
+    if spec.zero == "mean":
+        return "it does not know the mean that was taken off"
+    if weight.table is not None and weight.table.dim() != 1:
+        return "each row has a table of its own"
+    if width is None:
+        return f"runs of {spec.block} cross rows of {weight.shape[1]}; use groups"
+    if width % multiple and width < weight.shape[1]:
+        return f"groups must be a multiple of {multiple}, found {width}"
+    return None
 
 
 def uneven_act_order(weight: QuantizedTensor, width: int) -> str | None:

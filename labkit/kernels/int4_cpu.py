@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from labkit.kernels.inputs import check_input, not_on_a_cpu, uneven_act_order
+from labkit.kernels.inputs import check_input, not_on_a_cpu, per_row, uneven_act_order
 from labkit.quant import Blocks, QuantizedTensor, QuantSpec
 
 GROUPS = (256, 128, 64, 32)  # what the kernel can take, largest first
@@ -48,8 +48,7 @@ class Int4Cpu:
 
     def __init__(self, weight: QuantizedTensor, input: QuantSpec | None = None):
         self.shape = weight.shape
-        blocks = Blocks(tuple(weight.shape), weight.spec.block)
-        width = blocks.size[1]
+        width = Blocks(tuple(weight.shape), weight.spec.block).size[1]
         self._group = _group(width) or GROUPS[-1]
         self._order = None if weight.g_idx is None else torch.argsort(weight.g_idx, stable=True)
         codes = weight.codes if self._order is None else weight.codes[:, self._order]
@@ -59,7 +58,7 @@ class Int4Cpu:
         offset = torch.zeros_like(scale) if zero is None else (8 - zero) * scale
         pairs = torch.stack([scale, offset], dim=-1)  # (row blocks, column blocks, 2)
         pairs = pairs.repeat_interleave(width // self._group, dim=1)
-        pairs = pairs.repeat_interleave(blocks.size[0], dim=0)[: self.shape[0]]  # (out, groups, 2)
+        pairs = per_row(pairs, weight)  # (out, groups, 2)
         missing = -self.shape[0] % _ROWS
         codes = torch.nn.functional.pad(codes, (0, 0, 0, missing), value=8)
         pairs = torch.nn.functional.pad(pairs, (0, 0, 0, 0, 0, missing))

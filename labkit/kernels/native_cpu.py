@@ -17,7 +17,14 @@ from torch import Tensor
 
 from labkit.kernels import build
 from labkit.kernels.arena import Arena
-from labkit.kernels.inputs import check_input, not_on_a_cpu, per_row, uneven_act_order, width_of
+from labkit.kernels.inputs import (
+    check_input,
+    not_of_groups,
+    not_on_a_cpu,
+    per_row,
+    uneven_act_order,
+    width_of,
+)
 from labkit.quant import Blocks, Grid, QuantizedTensor, QuantSpec
 
 LANES = 16  # output features of a panel
@@ -38,21 +45,12 @@ class NativeCpu:
     @staticmethod
     def why_not(weight: QuantizedTensor, input: QuantSpec | None = None) -> str | None:
         """What keeps this kernel from taking ``weight`` and activations on the grid ``input``, or None where it can."""
-        spec = weight.spec
         if reason := not_on_a_cpu(weight):
             return reason
-        if spec.bits > 4 and not spec.is_integer:
-            return f"above 4 bits the kernel is for integers, found {spec.format}"
-        if spec.zero == "mean":
-            return "it does not know the mean that was taken off"
-        if weight.table is not None and weight.table.dim() != 1:
-            return "each row has a table of its own"
-        width = width_of(weight)
-        if width is None:
-            return f"runs of {spec.block} cross rows of {weight.shape[1]}; use groups"
-        if width % CHUNK and width < weight.shape[1]:
-            return f"groups must be a multiple of {CHUNK}, found {width}"
-        if input is not None and (reason := _why_not_rounded(spec, width, input, weight.shape[1])):
+        if reason := not_of_groups(weight, CHUNK):
+            return reason
+        width = width_of(weight) or weight.shape[1]
+        if input is not None and (reason := _why_not_rounded(weight.spec, width, input, weight.shape[1])):
             return reason
         return uneven_act_order(weight, width) or build.why_not()
 

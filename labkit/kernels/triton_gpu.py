@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from labkit.kernels.inputs import check_input, per_row, uneven_act_order, width_of
+from labkit.kernels.inputs import check_input, not_of_groups, not_on, per_row, uneven_act_order, width_of
 from labkit.quant import QuantizedTensor, QuantSpec
 
 if TYPE_CHECKING:
@@ -39,28 +39,16 @@ class TritonGpu:
     @staticmethod
     def why_not(weight: QuantizedTensor, input: QuantSpec | None = None) -> str | None:
         """What keeps this kernel from taking ``weight`` and activations on the grid ``input``, or None."""
-        spec, device = weight.spec, weight.codes.device
-        if weight.codes.dim() != 2 or weight.codes.numel() == 0:
-            return f"the kernel wants a matrix that is not empty, found shape {tuple(weight.shape)}"
-        if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
-            return f"the kernel is for a GPU, found codes on {device}"
+        kind = weight.codes.device.type
+        if reason := not_on("a GPU", kind == "cuda" or (kind == "cpu" and interpreted()), weight):
+            return reason
         if find_spec("triton") is None:
             return "triton is not installed; it comes with torch's builds for GPUs"
-        if weight.outliers is not None:
-            return "it does not know outliers"
         if input is not None:
             return _why_not_int8(weight, input)
-        if spec.bits > 4 and not spec.is_integer:
-            return f"above 4 bits the kernel is for integers, found {spec.format}"
-        if spec.zero == "mean":
-            return "it does not know the mean that was taken off"
-        if weight.table is not None and weight.table.dim() != 1:
-            return "each row has a table of its own"
-        width = width_of(weight)
-        if width is None:
-            return f"runs of {spec.block} cross rows of {weight.shape[1]}; use groups"
-        if width % STEP and width < weight.shape[1]:
-            return f"groups must be a multiple of {STEP}, found {width}"
+        if reason := not_of_groups(weight, STEP):
+            return reason
+        width = width_of(weight) or weight.shape[1]
         return uneven_act_order(weight, width)
 
     def __init__(self, weight: QuantizedTensor, input: QuantSpec | None = None):

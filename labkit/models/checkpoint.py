@@ -163,8 +163,7 @@ def load(folder: Path | str) -> Llama:
         ) from error
     linears = model.linears()
     for name, weight in weights.items():
-        rule = recipe.rule_for(name)
-        linears[name].weight, linears[name].input = weight, None if rule is None else rule.input
+        linears[name].weight, linears[name].input = weight, recipe.input_for(name)
     model.seed, model.made, model.kv = made.model_seed, made, recipe.kv
     return model
 

@@ -246,6 +246,11 @@ class Recipe:
         """The first rule that matches the layer's name, or None."""
         return next((rule for rule in self.rules if fnmatchcase(layer, rule.match)), None)
 
+    def input_for(self, layer: str) -> QuantSpec | None:
+        """The grid of what this layer multiplies, or None where it stays as it is."""
+        rule = self.rule_for(layer)
+        return None if rule is None else rule.input
+
     def plan(self, layers: Collection[str], methods: Mapping[str, Method] = METHODS) -> dict[str, Rule]:
         """Which rule quantizes which layer, for the layers that are quantized, in the order given.
 
@@ -419,12 +424,8 @@ class _StrictLoader(yaml.SafeLoader):
 def _rule(tree: Any, where: str) -> Rule:
     _keys(tree, required={"match", "weight"}, optional={"method", "options", "input"}, where=where)
     match, weight, method, options = (tree.get(k) for k in ("match", "weight", "method", "options"))
-    for key, value in (
-        ("match", match),
-        ("weight", weight),
-        *(("input", v) for k, v in tree.items() if k == "input"),
-    ):
-        if not isinstance(value, str):
+    for key in (k for k in ("match", "weight", "input") if k in tree):
+        if not isinstance(value := tree[key], str):
             raise ValueError(f"{where}: {key} must be a text, found {value!r}")
     if method is not None and not isinstance(method, str):
         raise ValueError(f"{where}: method must be a text, found {method!r}")

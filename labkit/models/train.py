@@ -233,8 +233,7 @@ def _layers(
         layers.append(layer)
         if control:
             continue
-        rule = recipe.rule_for(name)
-        layer.linear.input = None if rule is None else rule.input
+        layer.linear.input = recipe.input_for(name)
         scale, zero = torch.ones(_blocks(weight, spec)), torch.ones(_blocks(weight, spec))
         if start is not None:
             found = start[name].weight

@@ -115,8 +115,7 @@ class Batch:
         self.positions = torch.tensor(starts)[:, None] + torch.arange(tokens)  # (B, T)
         self.slots = torch.arange(first, first + len(ids))  # (B,)
         self._cache, self._seen = cache, max(starts) + tokens
-        # All rows at the same place: a slice, which is cheaper than indices.
-        self._new = slice(starts[0], self._seen) if len(set(starts)) == 1 else None
+        self._level = len(set(starts)) == 1  # all rows at the same place
 
     # What follows is for ``update``: a step of our own kernel needs none of it.
 
@@ -132,7 +131,7 @@ class Batch:
 
     def _mask(self, window: int | None, seen: int) -> Tensor | None:
         """bool (B, 1, T, S). A row sees its own past; what lies behind it belongs to nobody."""
-        whole = self._new is not None and self.positions.shape[1] == 1
+        whole = self._level and self.positions.shape[1] == 1
         if whole and (window is None or seen <= window):
             return None
         return visible(self.positions, torch.arange(seen)[None], window)
@@ -143,10 +142,7 @@ class Batch:
         values = self._cache.values[layer, self._rows, :, : self._seen]  # (B, kv_heads, S, head_dim)
         rows, at = torch.arange(len(self.ids))[:, None], self.positions  # (B, 1), (B, T)
         keys[rows, :, at // PANEL, :, at % PANEL] = k.transpose(1, 2).to(keys.dtype)  # (B, T, kv_heads, head_dim)
-        if self._new is not None:
-            values[:, :, self._new] = v
-        else:
-            values[rows, :, at] = v.transpose(1, 2).to(values.dtype)
+        values[rows, :, at] = v.transpose(1, 2).to(values.dtype)
         whole = keys.transpose(-1, -2).flatten(2, 3)[:, :, : self._seen]  # (B, kv_heads, S, head_dim)
         return whole.to(k.dtype), values.to(v.dtype), self._masks[layer]
 

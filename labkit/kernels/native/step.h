@@ -265,17 +265,17 @@ void step(const Model& model, const Cache& cache, const int64_t* slots, const in
             }
             barrier->wait();
             for (size_t unit = part; unit < shares.size(); unit += parts) {
-                const Share& share = shares[unit];
+                const Share& some = shares[unit];
                 Query queries[QUERIES];
-                for (int j = 0; j < share.count; j++) {
-                    const long m = share.row + (share.first + j) / group, i = share.head * group + (share.first + j) % group;
+                for (int j = 0; j < some.count; j++) {
+                    const long m = some.row + (some.first + j) / group, i = some.head * group + (some.first + j) % group;
                     float* query = &q[m * q_size + i * size];
                     if (layer.q_norm) rms_norm(query, layer.q_norm, size, model.eps, query);
                     rotate(query, &cos[m * half], &sin[m * half], half);
                     const long first = layer.window ? std::max<long>(0, positions[m] - layer.window + 1) : 0;
                     queries[j] = {query, first, positions[m], &mixed[m * q_size + i * size]};
                 }
-                attend<Stored>(share.count, queries, keys_of(share.row, share.head), values_of(share.row, share.head), size,
+                attend<Stored>(some.count, queries, keys_of(some.row, some.head), values_of(some.row, some.head), size,
                                scores.data(), stride);
             }
             barrier->wait();
