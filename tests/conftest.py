@@ -15,6 +15,11 @@ from functools import cache
 from importlib.util import find_spec
 
 import pytest
+from hypothesis import settings as hypothesis_settings
+
+# How long an example takes says more about the machine than about the code.
+hypothesis_settings.register_profile("lab", deadline=None)
+hypothesis_settings.load_profile("lab")
 
 PACKAGES = "run `make system-packages`"
 

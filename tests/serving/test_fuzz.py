@@ -15,7 +15,7 @@ from labkit.serving.api import build_api
 
 HTTP = TestClient(build_api([FakeBackend()]), raise_server_exceptions=False)
 PATHS = st.sampled_from(["/v1/completions", "/v1/chat/completions"])
-BOUNDED = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+BOUNDED = settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 
 # Half surrogate pairs are legal JSON (as \\ud800), so text is drawn from all code points.
 text = st.text(st.characters(codec=None, exclude_categories=()), max_size=8)

@@ -84,16 +84,26 @@ struct Eight {
     static Ints times(Ints sum, Words codes, int32_t x) { return dot_signed(sum, codes, x); }
 };
 
+// What a run of a rounded row is multiplied by, what its bytes are short of their values, times the run's codes, and the
+// sum of these.
+struct Run {
+    float step;
+    int32_t start;
+    float count;
+};
+
 // Rows of x as a weight wants them: in its order, padded to whole chunks, rounded where it asks for that, with their sums over
 // each group. One that is used again keeps its memory.
+//
+// Rounded rows are taken by tiles, since a tile is what a panel is multiplied by: of its rows first, first + 1, ... all that
+// is read together lies together.
 class Input {
 public:
     long rows = 0, in = 0, groups = 0, runs = 0;
     const float* x;             // (rows, in)
-    std::vector<float> sums;      // (rows, groups), where the weight has offsets
-    std::vector<int8_t> codes;    // (rows, in), and what follows, where x is rounded
-    std::vector<float> steps;     // (rows, runs)
-    std::vector<int32_t> starts;  // (rows, runs): what the bytes of a run are short of their values, times the run's codes
+    std::vector<float> sums;    // (rows, groups), where the weight has offsets
+    std::vector<int8_t> codes;  // where x is rounded, tile after tile: (in / 4, rows, 4)
+    std::vector<Run> all_runs;  // and (runs, rows)
 
     void take(const Linear& w, const float* given, long count) {
         make_room(w, given, count);
@@ -113,8 +123,8 @@ public:
         rows = count, in = w.in, groups = w.groups(), runs = w.input_width ? w.runs() : 0, given_ = given;
         if (moved) arranged_.assign(rows * in, 0);
         x = moved ? arranged_.data() : given;
-        if (w.offset) sums.resize(rows * groups);
-        if (runs) codes.resize(rows * in), steps.resize(rows * runs), starts.resize(rows * runs);
+        if (runs) codes.resize(rows * in), all_runs.resize(rows * runs);
+        else if (w.offset) sums.resize(rows * groups);
     }
 
     void row(const Linear& w, long m) {
@@ -138,37 +148,32 @@ private:
 
     void round(const Linear& w, long m) {
         const float* from = x + m * in;
-        int8_t* to = &codes[m * in];
-        float step = 0, *sum = w.offset ? &sums[m * groups] : nullptr;
-        if (sum) std::fill(sum, sum + groups, 0);
-        for (long r = 0; r < runs; r++) {
-            const long first = r * w.run(), end = std::min<long>(in, first + w.run());
-            if (first % w.input_width == 0) step = step_of(from + first, std::min<long>(in - first, w.input_width));
-            const float divisor = step == 0 ? 1 : step;
-            int32_t count = 0;
-#pragma omp simd reduction(+ : count)
-            for (long k = first; k < end; k++) {
-                const int32_t code = int32_t(std::nearbyint(from[k] / divisor));
-                to[k] = int8_t(code), count += code;
+        const long first = m / TILE * TILE, stride = std::min<long>(TILE, rows - first);
+        int8_t* to = &codes[first * in + (m - first) * 4];
+        Run* run = &all_runs[first * runs + (m - first)];
+        float step = 0;
+        for (long k = 0; k < in; run += stride) {
+            const long end = std::min<long>(in, k + w.run());
+            if (k % w.input_width == 0) step = step_of(from + k, std::min<long>(in - k, w.input_width));
+            ChunkInts count = no_ints();
+            for (; k < end; k += CHUNK, to += 8 * stride) {
+                const ChunkInts chunk = nearest(load_eight(from + k), step == 0 ? 1 : step);
+                count = add(count, chunk);
+                store_fours(chunk, to, to + 4 * stride);
             }
-            steps[m * runs + r] = step, starts[m * runs + r] = w.base() * count;
-            if (sum) sum[first / w.width] += step * count;
+            const int32_t sum = sum_of(count);
+            *run = {step, w.base() * sum, float(sum)};
         }
     }
 
-    // The largest of so many sizes, over 127. Compared as integers, in which what is no number is larger than all that are.
+    // The largest of so many sizes, over 127; nan where one is infinite, since the others are then no codes of it. Sizes are
+    // compared as integers, in which what is no number is larger than all that are.
     static float step_of(const float* x, long size) {
-        int32_t largest = 0;
-#pragma omp simd reduction(max : largest)
-        for (long k = 0; k < size; k++) {
-            int32_t bits;
-            std::memcpy(&bits, x + k, 4);
-            largest = std::max(largest, bits & 0x7fffffff);
-        }
-        float size_of_largest;
-        std::memcpy(&size_of_largest, &largest, 4);
-        const float step = size_of_largest / 127;
-        return step == 0 && largest ? 1.4e-45f : step;  // the smallest there is: a step of 0 would lose the run
+        ChunkInts sizes = no_ints();
+        for (long k = 0; k < size; k += CHUNK) sizes = larger_of_sizes(sizes, load_eight(x + k));
+        const float largest = largest_of(sizes), step = largest / 127;
+        if (std::isinf(step)) return NAN;
+        return step == 0 && largest != 0 ? 1.4e-45f : step;  // the smallest there is: a step of 0 would lose the run
     }
 };
 
@@ -179,84 +184,68 @@ constexpr int sums_of(int rows) {
     return sums;
 }
 
-// What a group adds to the sums of ROWS rows, in either arithmetic: multiplied by its inputs, not yet by its scale.
-
-template <int ROWS, class Codes>
-struct Plain {
-    static constexpr int SUMS = sums_of(ROWS);
-    const Codes codes;
-    const float* x;  // (ROWS, in)
-    const long in;
-
-    Plain(const Linear& w, const Input& input, long first) : codes(w.table), x(input.x + first * w.in), in(w.in) {}
-
-    void group(const uint8_t*& p, long from, long to, Floats* total) const {
+// y (ROWS, 16): the products of rows first, first + 1, ... with one panel, of float32.
+template <int ROWS, class Codes, class Stored>
+void panel(const Linear& w, long n, const Input& input, long first, float* y) {
+    constexpr int SUMS = sums_of(ROWS);
+    const Codes codes(w.table);
+    const long groups = w.groups(), in = w.in;
+    const uint8_t* p = w.codes + n * (in / CHUNK) * Codes::BYTES;
+    const Stored* scale = (const Stored*)w.scale + n * groups * LANES;
+    const Stored* offset = w.offset ? (const Stored*)w.offset + n * groups * LANES : nullptr;
+    const float *x = input.x + first * in, *sums = input.sums.data() + first * groups;
+    Floats total[ROWS];
+    for (auto& t : total) t = zeros();
+    for (long g = 0, k = 0; g < groups; g++) {
         Floats sum[ROWS][SUMS];
         for (auto& row : sum)
             for (auto& one : row) one = zeros();
-        for (long k = from; k < to; k += CHUNK, p += Codes::BYTES) {
+        for (const long end = std::min(in, k + w.width); k < end; k += CHUNK, p += Codes::BYTES) {
             fetch_ahead(p, Codes::BYTES);
             codes.chunk(p, [&](int i, const Floats& value) {
                 for (int m = 0; m < ROWS; m++)
                     sum[m][i % SUMS] = multiply_add(value, all(x[m * in + k + i]), sum[m][i % SUMS]);
             });
         }
+        const Floats step = load(scale + g * LANES);
         for (int m = 0; m < ROWS; m++) {
             for (int i = 1; i < SUMS; i++) sum[m][0] = add(sum[m][0], sum[m][i]);
-            total[m] = sum[m][0];
+            if (offset) sum[m][0] = multiply_add(load(offset + g * LANES), all(sums[m * groups + g]), sum[m][0]);
+            total[m] = multiply_add(sum[m][0], step, total[m]);
         }
     }
-};
+    for (int m = 0; m < ROWS; m++) store(y + m * LANES, total[m]);
+}
 
-template <int ROWS, class Codes>
-struct Rounded {
-    const int8_t* x;        // (ROWS, in)
-    const float* steps;     // (ROWS, runs)
-    const int32_t* starts;  // the same
-    const long in, run, runs;
-
-    Rounded(const Linear& w, const Input& input, long first)
-        : x(&input.codes[first * w.in]), steps(&input.steps[first * input.runs]), starts(&input.starts[first * input.runs]),
-          in(w.in), run(w.run()), runs(input.runs) {}
-
-    void group(const uint8_t*& p, long from, long to, Floats* total) const {
-        for (int m = 0; m < ROWS; m++) total[m] = zeros();
-        for (long k = from, r = from / run; k < to; r++) {
-            Ints sum[ROWS];
-            for (int m = 0; m < ROWS; m++) sum[m] = all_of(starts[m * runs + r]);
-            for (const long end = std::min(to, k + run); k < end; k += CHUNK, p += Codes::BYTES) {
-                fetch_ahead(p, Codes::BYTES);
-                Codes::fours(p, [&](int i, const Words& codes) {
-                    for (int m = 0; m < ROWS; m++) {
-                        int32_t four;
-                        std::memcpy(&four, x + m * in + k + 4 * i, 4);
-                        sum[m] = Codes::times(sum[m], codes, four);
-                    }
-                });
-            }
-            for (int m = 0; m < ROWS; m++) total[m] = multiply_add(floats(sum[m]), all(steps[m * runs + r]), total[m]);
-        }
-    }
-};
-
-// y (ROWS, 16): the products of rows first, first + 1, ... with one panel.
-template <int ROWS, class Arithmetic, class Codes, class Stored>
-void panel(const Linear& w, long n, const Input& input, long first, float* y) {
-    const Arithmetic arithmetic(w, input, first);
-    const long groups = w.groups(), in = w.in;
+// The same of rounded rows, run after run.
+template <int ROWS, class Codes, class Stored>
+void rounded_panel(const Linear& w, long n, const Input& input, long first, float* y) {
+    const long groups = w.groups(), in = w.in, length = w.run();
     const uint8_t* p = w.codes + n * (in / CHUNK) * Codes::BYTES;
     const Stored* scale = (const Stored*)w.scale + n * groups * LANES;
     const Stored* offset = w.offset ? (const Stored*)w.offset + n * groups * LANES : nullptr;
-    const float* sums = input.sums.data() + first * groups;
-    Floats total[ROWS], sum[ROWS];
+    const int8_t* x = &input.codes[first * in];
+    const Run* run = &input.all_runs[first * input.runs];
+    Floats total[ROWS];
     for (auto& t : total) t = zeros();
-    for (long g = 0; g < groups; g++) {
-        arithmetic.group(p, g * w.width, std::min<long>(in, (g + 1) * w.width), sum);
-        const Floats step = load(scale + g * LANES);
-        for (int m = 0; m < ROWS; m++) {
-            if (offset) sum[m] = multiply_add(load(offset + g * LANES), all(sums[m * groups + g]), sum[m]);
-            total[m] = multiply_add(sum[m], step, total[m]);
+    for (long k = 0, group_end = w.width; k < in; run += ROWS) {
+        Ints sum[ROWS];
+        for (int m = 0; m < ROWS; m++) sum[m] = all_of(run[m].start);
+        for (const long end = std::min(in, k + length); k < end; k += CHUNK, p += Codes::BYTES, x += ROWS * CHUNK) {
+            fetch_ahead(p, Codes::BYTES);
+            Codes::fours(p, [&](int i, const Words& codes) {
+                for (int m = 0; m < ROWS; m++) sum[m] = Codes::times(sum[m], codes, four(x + (i * ROWS + m) * 4));
+            });
         }
+        const Floats step = load(scale), low = offset ? load(offset) : zeros();
+        for (int m = 0; m < ROWS; m++) {
+            Floats found = floats(sum[m]);
+            if (offset) found = multiply_add(low, all(run[m].count), found);
+            total[m] = multiply_add(found, multiply(step, all(run[m].step)), total[m]);
+        }
+        if (k < group_end) continue;
+        group_end += w.width, scale += LANES;
+        if (offset) offset += LANES;
     }
     for (int m = 0; m < ROWS; m++) store(y + m * LANES, total[m]);
 }
@@ -265,8 +254,8 @@ template <class Codes, class Stored, int ROWS = TILE>
 void tile(int rows, const Linear& w, long n, const Input& input, long first, float* y) {
     if constexpr (ROWS > 0) {
         if (rows < ROWS) tile<Codes, Stored, ROWS - 1>(rows, w, n, input, first, y);
-        else if (w.input_width) panel<ROWS, Rounded<ROWS, Codes>, Codes, Stored>(w, n, input, first, y);
-        else panel<ROWS, Plain<ROWS, Codes>, Codes, Stored>(w, n, input, first, y);
+        else if (w.input_width) rounded_panel<ROWS, Codes, Stored>(w, n, input, first, y);
+        else panel<ROWS, Codes, Stored>(w, n, input, first, y);
     }
 }
 

@@ -149,6 +149,39 @@ inline Ints dot_signed(Ints sum, Words bytes, int32_t x) {
 #error "the kernel wants a processor with AVX2 or AVX-512"
 #endif
 
+// Eight numbers and whole numbers, in what either processor has.
+using Chunk = __m256;
+using ChunkInts = __m256i;
+inline Chunk load_eight(const float* p) { return _mm256_loadu_ps(p); }
+inline ChunkInts no_ints() { return _mm256_setzero_si256(); }
+inline ChunkInts add(ChunkInts x, ChunkInts y) { return _mm256_add_epi32(x, y); }
+inline ChunkInts nearest(Chunk x, float divisor) { return _mm256_cvtps_epi32(_mm256_div_ps(x, _mm256_set1_ps(divisor))); }
+inline ChunkInts larger_of_sizes(ChunkInts largest, Chunk x) {  // compared as integers
+    return _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)));
+}
+inline float largest_of(ChunkInts sizes) {
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(sizes), _mm256_extracti128_si256(sizes, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1))));
+}
+inline int32_t sum_of(ChunkInts x) {
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+// As bytes, the first four here and the last four there.
+inline void store_fours(ChunkInts x, int8_t* here, int8_t* there) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    const __m128i bytes = _mm_packs_epi16(words, words);
+    const int32_t first = _mm_cvtsi128_si32(bytes), last = _mm_extract_epi32(bytes, 1);
+    std::memcpy(here, &first, 4), std::memcpy(there, &last, 4);
+}
+inline int32_t four(const int8_t* p) {
+    int32_t bytes;
+    std::memcpy(&bytes, p, 4);
+    return bytes;
+}
+
 // Single numbers as they are kept: float32 or float16, to the nearest, halves to even.
 inline float number(float x) { return x; }
 inline float number(uint16_t x) { return _cvtsh_ss(x); }

@@ -19,7 +19,7 @@ def owner(
     return row // (block[0] or rows), column // (block[1] or columns)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(1, 12), st.integers(1, 12), st.tuples(SIZES, SIZES) | st.integers(1, 30))
 def test_every_element_belongs_to_the_block_it_lies_in(rows: int, columns: int, block: object) -> None:
     blocks = Blocks((rows, columns), block)

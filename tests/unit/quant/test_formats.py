@@ -61,7 +61,7 @@ def nearest_even(x: float, name: str) -> float:
 
 
 @pytest.mark.parametrize("name", FLOATS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_rounding_finds_the_nearest_value_and_ties_to_even(name: str, data: st.DataObject) -> None:
     top = FLOATS[name].largest * 1.25

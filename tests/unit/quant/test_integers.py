@@ -48,7 +48,7 @@ def test_equals_brute_force(bits: int, kind: str, block: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_equals_brute_force_on_any_numbers(kind: str, data: st.DataObject) -> None:
     rows, columns = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
@@ -77,7 +77,7 @@ def test_numbers_beyond_the_grid_are_clamped() -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(numbers=st.lists(NUMBERS, min_size=1, max_size=12))
 def test_affine_zero_is_exactly_zero_and_the_error_at_most_half_a_step(
     bits: int, numbers: list[float]

@@ -20,7 +20,7 @@ def test_three_bits_run_over_the_edge_of_a_byte() -> None:
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_equals_brute_force_and_comes_back(bits: int, data: st.DataObject) -> None:
     rows, columns = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 40))

@@ -56,7 +56,7 @@ INTEGERS = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(INTEGERS)
 def test_printing_round_trips(spec: QuantSpec) -> None:
     assert QuantSpec.parse(str(spec)) == spec

@@ -56,7 +56,7 @@ def test_every_grid(keys: str, values: str, dtype: torch.dtype) -> None:
     )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     grids=st.tuples(st.sampled_from(GRIDS), st.sampled_from(GRIDS)),
     kv_heads=st.integers(1, 3),

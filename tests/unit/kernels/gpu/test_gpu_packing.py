@@ -14,7 +14,7 @@ from labkit.quant.packing import pack_bits
 pytestmark = pytest.mark.gpu
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     bits=st.sampled_from([2, 4, 8]),
     rows=st.integers(1, 40),

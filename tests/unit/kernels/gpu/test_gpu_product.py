@@ -57,7 +57,7 @@ def test_every_format(text: str, dtype: torch.dtype) -> None:
         assert torch.equal(y, again), "the same input must give the same bits"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @shapes
 def test_odd_shapes_and_ragged_groups(
     text: str, out: int, inputs: int, rows: int, programs: int, dtype: torch.dtype, seed: int

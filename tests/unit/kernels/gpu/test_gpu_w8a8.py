@@ -26,7 +26,7 @@ def same_as_encode(x: torch.Tensor, format: str, narrow: bool) -> bool:
     return torch.equal(found.codes.cpu(), wanted.codes) and torch.equal(found.scale.cpu(), wanted.scale)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     grid=st.sampled_from(GRIDS),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
@@ -83,7 +83,7 @@ def test_other_formats_are_refused() -> None:
     assert quantize_rows(torch.zeros(0, 4, device=DEVICE)).codes.shape == (0, 4)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     out=st.integers(1, 140),
     inputs=st.integers(1, 300),
