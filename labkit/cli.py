@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -345,6 +346,18 @@ def bench_model(
     _bench(["model"], "model", threads, json, page, rounds=rounds, model=model, recipe=recipe)
 
 
+@bench_app.command("serve")
+def bench_serve(
+    threads: Threads = 2,
+    json: Json = None,
+    page: Page = None,
+    rounds: Rounds = None,
+    model: ModelName = None,
+) -> None:
+    """`labkit serve` beside the same without a compiler, by one request and by eight: two minutes."""
+    _bench(["serve"], "serve", threads, json, page, rounds=rounds, model=model)
+
+
 @bench_app.command("quantize")
 def bench_quantize(
     threads: Threads = 2,
@@ -366,13 +379,14 @@ def bench_all(
     model: ModelName = None,
     recipe: Beside = None,
 ) -> None:
-    """Kernels, model and quantize, one after another: less than twenty minutes on two cores."""
-    kinds = ["kernels", "model", "quantize"]
-    _bench(kinds, "all", threads, json, page, rounds=rounds, model=model, recipe=recipe)
+    """All of these, one after another: less than twenty minutes on two cores."""
+    from labkit.bench.suite import KINDS
+
+    _bench(KINDS, "all", threads, json, page, rounds=rounds, model=model, recipe=recipe)
 
 
 def _bench(
-    kinds: list[str],
+    kinds: Sequence[str],
     word: str,
     threads: int,
     json: Path | None,

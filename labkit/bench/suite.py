@@ -8,7 +8,7 @@ import torch
 
 from labkit.bench.measure import Row, Setting
 
-KINDS = ("kernels", "model", "quantize")
+KINDS = ("kernels", "model", "serve", "quantize")
 COLUMNS = ("work", "ours", "", "beside", "", "unit", "ratio", "goal", "KL ours / theirs")
 
 
@@ -38,6 +38,10 @@ def run(
         from labkit.bench.model import RECIPE, model
 
         yield from model(setting, name, recipe or RECIPE, **more)
+    if "serve" in kinds:
+        from labkit.bench.serve import serve
+
+        yield from serve(setting, name, **more)
     if "quantize" in kinds:
         from labkit.bench.quantize import quantize
 

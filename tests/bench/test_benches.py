@@ -23,7 +23,7 @@ def test_int4_cpu() -> None:
 
 @pytest.mark.parametrize(
     ("command", "works"),
-    [("kernels --size 1024", 5), ("model --model tiny", 7), ("quantize --model tiny", 3)],
+    [("kernels --size 1024", 5), ("model --model tiny", 7), ("serve --model tiny", 2), ("quantize --model tiny", 3)],
 )
 def test_every_work_beside_its_peers(tmp_path: Path, command: str, works: int) -> None:
     """On a small weight and a small model, whose figures say nothing: only that everything runs that is here."""
