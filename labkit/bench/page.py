@@ -30,13 +30,13 @@ def write(rows: Sequence[Row], out: Path) -> None:
     head = ""
     if rows:
         first = rows[0]
-        head = f"{first.machine}; {first.threads} threads; {first.date}; {first.ours_version}. Repeat: {first.command}"
+        head = f"{first.machine}; {first.threads} threads; {first.date}; {first.ours_version}"
     missing = "".join(f"<li>{escape(why)}</li>" for why in remedies(rows))
     lines = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in (*cells(row), row.peer_version)) + "</tr>\n"
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in (*cells(row), row.peer_version, row.command)) + "</tr>\n"
         for row in rows
     )
-    titles = "".join(f"<th>{escape(title)}</th>" for title in (*COLUMNS, "version of the peer"))
+    titles = "".join(f"<th>{escape(title)}</th>" for title in (*COLUMNS, "version of the peer", "repeat"))
     with whole_file(out) as part:
         part.write_text(
             '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>labkit bench</title>\n'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -30,22 +31,27 @@ def run(
     """
     torch.set_num_threads(setting.threads)
     more = {} if rounds is None else {"rounds": rounds}
+
+    def part(kind: str) -> Setting:
+        """Of a run of everything each row says the command that repeats it alone."""
+        return replace(setting, command=setting.command.replace("bench all", f"bench {kind}"))
+
     if "kernels" in kinds:
         from labkit.bench.kernels import SIZE, kernels
 
-        yield from kernels(setting, size or SIZE, **more)
+        yield from kernels(part("kernels"), size or SIZE, **more)
     if "model" in kinds:
         from labkit.bench.model import RECIPE, model
 
-        yield from model(setting, name, recipe or RECIPE, **more)
+        yield from model(part("model"), name, recipe or RECIPE, **more)
     if "serve" in kinds:
         from labkit.bench.serve import serve
 
-        yield from serve(setting, name, **more)
+        yield from serve(part("serve"), name, **more)
     if "quantize" in kinds:
         from labkit.bench.quantize import quantize
 
-        yield from quantize(setting, name, **more)
+        yield from quantize(part("quantize"), name, **more)
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
@@ -66,6 +72,20 @@ def cells(row: Row) -> list[str]:
     kl = f"{number(row.ours_kl)} / {number(row.peer_kl)}" if known else ""
     sides = row.ours_name, number(row.ours), row.peer_name, number(row.peer)
     return [row.work, *sides, row.unit, ratio(row), goal(row), kl]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a table of Markdown, each with the command that repeats it."""
+    lines = [("work", "ours", "beside", "ratio", "goal", "KL, ours / theirs", "repeat"), ("---",) * 7]
+    for row in rows:
+        work, ours, found, peer, theirs, unit, ratio, goal, kl = cells(row)
+        sides = f"{ours}{_head(row.ours_head)}: {found} {unit}", f"{peer}{_head(row.peer_head)}: {theirs}"
+        lines.append((work, *sides, ratio, goal, kl, f"`{row.command}`"))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _head(format: str | None) -> str:
+    return "" if format is None else f", head {format}"
 
 
 def number(value: float | None) -> str:
