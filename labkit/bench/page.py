@@ -32,10 +32,8 @@ def write(rows: Sequence[Row], out: Path) -> None:
         first = rows[0]
         head = f"{first.machine}; {first.threads} threads; {first.date}; {first.ours_version}"
     missing = "".join(f"<li>{escape(why)}</li>" for why in remedies(rows))
-    lines = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in (*cells(row), row.peer_version, row.command)) + "</tr>\n"
-        for row in rows
-    )
+    table = [(*cells(row), row.peer_version, row.command) for row in rows]
+    lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>\n" for line in table)
     titles = "".join(f"<th>{escape(title)}</th>" for title in (*COLUMNS, "version of the peer", "repeat"))
     with whole_file(out) as part:
         part.write_text(
