@@ -52,7 +52,7 @@ class Weight(ctypes.Structure):
     """``Linear`` of native/product.h: addresses of tensors that somebody else keeps alive, or None."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("bits", "half")),
+        *((name, ctypes.c_int32) for name in ("bits", "half", "own")),
         *((name, ctypes.c_void_p) for name in ("codes", "table", "scale", "offset", "bias", "order")),
         *((name, ctypes.c_int64) for name in ("out", "columns", "inputs", "width", "input_width")),
     ]

@@ -162,7 +162,7 @@ class Step:
         bias = None if linear.bias is None else self._address(linear.bias)
         if isinstance(linear.weight, Tensor):
             shape = (*linear.weight.shape, linear.in_features, linear.in_features, 0)
-            return build.Weight(32, 0, self._address(linear.weight), None, None, None, bias, None, *shape)
+            return build.Weight(32, 0, 0, self._address(linear.weight), None, None, None, bias, None, *shape)
         assert isinstance(linear.prepared, NativeCpu)
         self._kept.append(linear.prepared)
         found = linear.prepared.native()

@@ -13,7 +13,7 @@ from labkit import models
 from labkit.models.config import ModelConfig
 from labkit.models.llama import Llama
 from labkit.models.rotate import Rotation
-from labkit.quant import QuantSpec, encode, fit
+from labkit.quant import QuantSpec, encode, fit, quantile
 from labkit.serving import Engine, SamplingParams
 from labkit.serving.engine import STRETCH
 from labkit.serving.kv_cache import Batch, KVCache
@@ -31,7 +31,10 @@ CONFIGS = {
     "as many KV heads as heads": replace(PLAIN, kv_heads=6),
     "an untied head": replace(PLAIN, tie_embeddings=False),
 }
-SPECS = [None, "int4 g16 asym", "int8 channel", "int8 g16 asym", "int3 g8 asym", "nf4 g16", "int4 g16 asym, rounded"]
+SPECS = [
+    *(None, "int4 g16 asym", "int8 channel", "int8 g16 asym", "int3 g8 asym", "nf4 g16", "table3 g16"),
+    "int4 g16 asym, rounded",
+]
 
 
 def random_llama(config: ModelConfig, spec: str | None = None) -> Llama:
@@ -43,7 +46,8 @@ def random_llama(config: ModelConfig, spec: str | None = None) -> Llama:
     for name, linear in llama.linears().items():
         if spec is not None and name != "lm_head":
             weight, grid = linear.weight.detach(), QuantSpec.parse(spec.removesuffix(", rounded"))
-            linear.weight = encode(weight, grid, fit(weight, grid))
+            table = grid.format.startswith("table")
+            linear.weight = quantile(weight, grid) if table else encode(weight, grid, fit(weight, grid))
             linear.input = QuantSpec.parse("int8 g8 narrow scale=fp32") if "rounded" in spec else None
     return llama
 
