@@ -304,6 +304,14 @@ def test_what_it_does_not_know_is_refused() -> None:
     assert "16 columns each" in str(backends(uneven)["native_cpu"])
 
 
+@pytest.mark.parametrize("march", MARCHES)
+def test_what_reads_memory_reads_every_number(march: str, threads: int) -> None:
+    for blocks in (0, 1, 7, 40):
+        x = torch.randn(64 * blocks)
+        found = build.library(march).labkit_sum(x.data_ptr(), x.numel(), threads)
+        assert found == pytest.approx(float(x.double().sum()), abs=1e-4)
+
+
 PRODUCTS = textwrap.dedent("""
     import ctypes, sys, torch
     from labkit.kernels import backends, build, prepare
