@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
@@ -22,7 +22,7 @@ from torch import Tensor
 import labkit
 from labkit.bench.measure import Contender, Row, Setting, Unit, invited
 from labkit.bench.pipe import Peer
-from labkit.kernels import Prepared, prepare
+from labkit.kernels import Prepared, build, prepare
 from labkit.kernels.arena import Arena
 from labkit.quant import QuantizedTensor, QuantSpec, encode, fit
 
@@ -162,16 +162,22 @@ def bitsandbytes(weight: Tensor, x: Tensor) -> Contender:
 
 
 def memory(size: float) -> Contender:
-    """Reading ``size`` bytes, by the fastest reader that torch has, from pages as large as the system gives them."""
+    """Reading ``size`` bytes, by torch's sum or our own, whichever is faster, from pages as large as the system gives
+    them. Our own reads as our kernel does, so that what the kernel falls short of it is not memory's.
+    """
     block = Arena(READ).take(torch.ones(1).expand(READ // 4))
-    readers: Sequence[Callable[[], object]] = (block.sum, block.max, lambda: torch.dot(block, block))
+    readers: list[Callable[[], object]] = [block.sum]
+    if build.why_not() is None:
+        own, threads = build.library().labkit_sum, torch.get_num_threads()
+        readers.append(lambda: own(block.data_ptr(), block.numel(), threads))
 
     def turn() -> float:
         return min(_timed(reader) for reader in readers) * size / block.nbytes
 
     return Contender(
-        "reading memory", f"torch {torch.__version__}", turn, bytes=size, goal=GOAL_OF_BANDWIDTH
-    )
+        "reading memory", f"labkit {labkit.__version__}, torch {torch.__version__}", turn, bytes=size,
+        goal=GOAL_OF_BANDWIDTH,
+    )  # fmt: skip
 
 
 def _timed(run: Callable[[], object]) -> float:

@@ -52,7 +52,7 @@ class Weight(ctypes.Structure):
     """``Linear`` of native/product.h: addresses of tensors that somebody else keeps alive, or None."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("bits", "half")),
+        *((name, ctypes.c_int32) for name in ("bits", "half", "own")),
         *((name, ctypes.c_void_p) for name in ("codes", "table", "scale", "offset", "bias", "order")),
         *((name, ctypes.c_int64) for name in ("out", "columns", "inputs", "width", "input_width")),
     ]
@@ -63,7 +63,9 @@ def declared(made: ctypes.CDLL) -> ctypes.CDLL:
     pointer, long = ctypes.c_void_p, ctypes.c_long
     made.labkit_linear.argtypes = [pointer, pointer, pointer, long, ctypes.c_int]
     made.labkit_step.argtypes = [*[pointer] * 5, long, pointer, long, pointer, ctypes.c_int]
+    made.labkit_sum.argtypes = [pointer, long, ctypes.c_int]
     made.labkit_linear.restype = made.labkit_step.restype = None
+    made.labkit_sum.restype = ctypes.c_float
     made.labkit_arithmetic.restype = ctypes.c_char_p
     return made
 

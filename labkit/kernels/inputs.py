@@ -45,13 +45,16 @@ def not_of_groups(weight: QuantizedTensor, multiple: int) -> str | None:
         return f"above 4 bits the kernel is for integers, found {spec.format}"
     if spec.zero == "mean":
         return "it does not know the mean that was taken off"
-    if weight.table is not None and weight.table.dim() != 1:
-        return "each row has a table of its own"
     if width is None:
         return f"runs of {spec.block} cross rows of {weight.shape[1]}; use groups"
     if width % multiple and width < weight.shape[1]:
         return f"groups must be a multiple of {multiple}, found {width}"
     return None
+
+
+def own_tables(weight: QuantizedTensor) -> bool:
+    """Whether each row has a table of its own, instead of one for all."""
+    return weight.table is not None and weight.table.dim() == 2
 
 
 def uneven_act_order(weight: QuantizedTensor, width: int) -> str | None:

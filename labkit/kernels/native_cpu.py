@@ -21,21 +21,22 @@ from labkit.kernels.inputs import (
     check_input,
     not_of_groups,
     not_on_a_cpu,
+    own_tables,
     per_row,
     uneven_act_order,
     width_of,
 )
 from labkit.quant import Blocks, Grid, QuantizedTensor, QuantSpec
 
-LANES = 16  # output features of a panel
+LANES = 16  # output features of a panel, or inputs of a row with its own table
 CHUNK = 8  # inputs that are loaded together
 
 
 class NativeCpu:
     """A weight in panels of 16 output features; ``native/product.h`` says how they are laid out.
 
-    Takes every format of up to 4 bits whose table is one for all rows, and integers of up to 8, on groups of
-    columns that are a multiple of 8 wide (the last may be shorter), one row or several. Act-order is undone by
+    Takes every format of up to 4 bits, and integers of up to 8, on groups of columns that are a multiple of 8 wide
+    (the last may be shorter), of 16 where each row has a table of its own; one row or several. Act-order is undone by
     reordering the columns of the weight here, and those of ``x`` in each call. With activations of "int8 g32 narrow
     scale=fp32", or another width, integer weights only.
     """
@@ -47,7 +48,7 @@ class NativeCpu:
         """What keeps this kernel from taking ``weight`` and activations on the grid ``input``, or None where it can."""
         if reason := not_on_a_cpu(weight):
             return reason
-        if reason := not_of_groups(weight, CHUNK):
+        if reason := not_of_groups(weight, LANES if own_tables(weight) else CHUNK):
             return reason
         width = width_of(weight) or weight.shape[1]
         if input is not None and (reason := _why_not_rounded(weight.spec, width, input, weight.shape[1])):
@@ -59,42 +60,53 @@ class NativeCpu:
         self._settled = False  # whether others may hold addresses of its memory, which it then never leaves
         spec, (out, columns) = weight.spec, weight.shape
         width = width_of(weight) or columns
-        self._width = _in_chunks(min(width, columns))
-        self._input_width = 0 if input is None else _in_chunks(Blocks((1, columns), input.block).size[1])
+        self._own = own_tables(weight)
+        self._panels = -(-out // LANES)
+        self._columns = _whole(columns, CHUNK * LANES if self._own else CHUNK)
+        self._width = width if width < columns else self._columns
+        self._input_width = 0 if input is None else _whole(Blocks((1, columns), input.block).size[1], CHUNK)
         self._order = None if weight.g_idx is None else torch.argsort(weight.g_idx, stable=True).int()
         codes = weight.codes if self._order is None else weight.codes[:, self._order]
         self._bits = 4 if spec.bits <= 4 else 8
         low, high = spec.code_range
         middle = (low + high + 1) // 2  # the code that becomes 0
         codes = codes.int() - (low if self._bits == 4 else middle if spec.zero != "none" else 0)
-        self._panels, self._columns = -(-out // LANES), _in_chunks(columns)
-        codes = F.pad(codes, (0, self._columns - columns, 0, self._panels * LANES - out))
-        codes = codes.view(self._panels, LANES, -1, CHUNK)  # (panels, 16, chunks, 8)
+        codes = F.pad(codes, (0, self._columns - columns))
+        if self._own:
+            codes = codes.view(out, -1, CHUNK, LANES).transpose(2, 3)  # (out, chunks, 16, 8)
+        else:
+            codes = F.pad(codes, (0, 0, 0, self._panels * LANES - out))
+            codes = codes.view(self._panels, LANES, -1, CHUNK).transpose(1, 2)  # (panels, chunks, 16, 8)
         if self._bits == 4:
-            codes = codes.permute(0, 2, 1, 3)  # (panels, chunks, 16, 8)
             codes = codes[..., :4] + 16 * codes[..., 4:]
         else:
-            halves = codes.unflatten(-1, (2, 4))  # (panels, 16, chunks, 2, 4)
-            codes = halves.permute(0, 2, 3, 1, 4) & 0xFF  # (panels, chunks, 2, 16, 4)
+            codes = codes.unflatten(-1, (2, 4)).transpose(2, 3) & 0xFF  # (panels, chunks, 2, 16, 4)
         self._codes = codes.to(torch.uint8).contiguous()
 
         scale, zero = weight.params.dense()
         scale = self._by_panel(scale)
         # The kernel's integers are code - middle where there is a zero point: what is left of it is an offset.
         offset = None if zero is None else self._by_panel(middle - zero)
-        self._table = torch.zeros(16)
-        if self._bits == 4:
+        self._table = torch.zeros(*((out,) if self._own else ()), 16)
+        if self._own:
+            assert weight.table is not None
+            self._table[:, : spec.levels] = weight.table
+        elif self._bits == 4:
             values = Grid(spec, weight.table).dequantize(torch.arange(low, high + 1), torch.ones(()), None)
             self._table[: len(values)] = values - (middle if zero is not None else 0)
-        parts = [part for part in (scale, offset) if part is not None]
+        parts = [part for part in (scale, offset, self._table if self._own else None) if part is not None]
         self._half = all(torch.equal(part.half().float(), part) for part in parts)
         dtype = torch.float16 if self._half else torch.float32
+        self._table = self._table.to(dtype) if self._own else self._table
         self._scale = scale.to(dtype)
         self._offset = None if offset is None else offset.to(dtype)
 
     def _by_panel(self, part: Tensor) -> Tensor:
-        """One for each row and group, (panels, groups, 16) float32, of one for each block."""
-        rows = F.pad(per_row(part, self._source).float(), (0, 0, 0, self._panels * LANES - self.shape[0]))
+        """One for each row and group, (panels, groups, 16) float32, of one for each block; or (out, groups)."""
+        rows = per_row(part, self._source).float()
+        if self._own:
+            return F.pad(rows, (0, -(-self._columns // self._width) - rows.shape[1]))
+        rows = F.pad(rows, (0, 0, 0, self._panels * LANES - self.shape[0]))
         return rows.view(self._panels, LANES, -1).transpose(1, 2).contiguous()
 
     def __reduce__(self) -> tuple[type[NativeCpu], tuple[object, ...]]:
@@ -111,6 +123,7 @@ class NativeCpu:
         return build.Weight(
             self._bits,
             self._half,
+            self._own,
             *(None if part is None else part.data_ptr() for part in parts),
             *(*self.shape, self._columns, self._width, self._input_width),
         )
@@ -132,7 +145,7 @@ class NativeCpu:
 def settle(weights: Iterable[object]) -> None:
     """Put those of ``weights`` that are this kernel's into one stretch of memory, in their order, once for all."""
     found = [weight for weight in weights if isinstance(weight, NativeCpu) and not weight._settled]
-    names = ("_codes", "_scale", "_offset")
+    names = ("_codes", "_table", "_scale", "_offset")
     parts = [(weight, name, part) for weight in found for name in names if (part := getattr(weight, name)) is not None]
     arena = Arena(Arena.nbytes([part for *_, part in parts]))
     for weight, name, part in parts:
@@ -172,5 +185,5 @@ def _why_not_rounded(spec: QuantSpec, width: int, input: QuantSpec, columns: int
     )
 
 
-def _in_chunks(columns: int) -> int:
-    return -(-columns // CHUNK) * CHUNK
+def _whole(columns: int, chunk: int) -> int:
+    return -(-columns // chunk) * chunk

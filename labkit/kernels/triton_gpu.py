@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from labkit.kernels.inputs import check_input, not_of_groups, not_on, per_row, uneven_act_order, width_of
+from labkit.kernels.inputs import (
+    check_input,
+    not_of_groups,
+    not_on,
+    own_tables,
+    per_row,
+    uneven_act_order,
+    width_of,
+)
 from labkit.quant import QuantizedTensor, QuantSpec
 
 if TYPE_CHECKING:
@@ -48,6 +56,8 @@ class TritonGpu:
             return _why_not_int8(weight, input)
         if reason := not_of_groups(weight, STEP):
             return reason
+        if own_tables(weight):
+            return "each row has a table of its own"
         width = width_of(weight) or weight.shape[1]
         return uneven_act_order(weight, width)
 

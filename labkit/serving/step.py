@@ -10,10 +10,18 @@ from torch import Tensor, nn
 from labkit.kernels import best, build
 from labkit.kernels.native_cpu import NativeCpu, settle
 from labkit.models.llama import MLP, Block, Linear, Llama, RMSNorm
-from labkit.quant import QuantizedTensor
+from labkit.models.rotate import Rotation
+from labkit.quant import QuantizedTensor, hadamard, hadamard_block
 from labkit.serving.kv_cache import Batch, KVCache
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Turn(ctypes.Structure):
+    _fields_ = [
+        *((name, _LONG) for name in ("base", "power")),
+        *((name, _POINTER) for name in ("matrix", "before", "after")),
+    ]
 
 
 class _Layer(ctypes.Structure):
@@ -21,6 +29,7 @@ class _Layer(ctypes.Structure):
         *((name, _POINTER) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
         *((name, build.Weight) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         ("window", _LONG),
+        ("mix", _Turn),
     ]
 
 
@@ -30,6 +39,7 @@ class _Model(ctypes.Structure):
         ("eps", ctypes.c_float),
         *((name, _POINTER) for name in ("inverse_frequencies", "norm", "layer")),
         ("head", build.Weight),
+        ("leave", _Turn),
     ]
 
 
@@ -44,8 +54,8 @@ class _Cache(ctypes.Structure):
 class Step:
     """A model and its cache, ready for steps. The same numbers as the model's own pass but for float32 rounding.
 
-    Takes float32 weights, and quantized ones that ``kernels.prepare`` gives to our own kernel. The weights of ``model``
-    must stay as they are.
+    Takes float32 weights, and quantized ones that ``kernels.prepare`` gives to our own kernel; of online transforms
+    those of ``rotate``. The weights of ``model`` must stay as they are.
 
     reads  whether it is the faster way for many tokens of one text, too
     """
@@ -67,8 +77,9 @@ class Step:
             model.model.leave,
             *(m.mix for m in model.modules() if isinstance(m, MLP)),
         ]
-        if any(not isinstance(module, nn.Identity) for module in online):
-            return "it has online transforms"
+        for module in online:
+            if type(module) not in (nn.Identity, Rotation):
+                return f"of online transforms it knows Rotation, found {type(module).__name__}"
         if model.model.embed_tokens.weight.dtype != torch.float32:
             return f"it knows float32, found an embedding of {model.model.embed_tokens.weight.dtype}"
         return build.why_not()
@@ -76,7 +87,7 @@ class Step:
     def __init__(self, model: Llama, cache: KVCache) -> None:
         config = model.config
         self._library = build.library()
-        self._embedding = model.model.embed_tokens.weight.detach()
+        self._embedding, self._enter = model.model.embed_tokens.weight.detach(), model.model.enter
         self._hooks = [h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._kept: list[object] = [model, cache]  # whose memory the structures below point into
         settle([linear.prepared for linear in model.linears().values() if not isinstance(linear.weight, Tensor)])
@@ -85,7 +96,7 @@ class Step:
         self._model = _Model(
             config.layers, config.hidden_size, config.heads, config.kv_heads, config.head_dim, config.intermediate_size,
             config.norm_eps, self._address(model.inverse_frequencies), self._address(model.model.norm.weight),
-            ctypes.addressof(layers), self._weight(model.lm_head),
+            ctypes.addressof(layers), self._weight(model.lm_head), self._turn(model.model.leave, config.hidden_size),
         )  # fmt: skip
         self._cache = _Cache(
             cache.keys.data_ptr(), cache.values.data_ptr(), *cache.keys.shape[1:4:2], cache.max_len,
@@ -99,7 +110,7 @@ class Step:
     def __call__(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Logits (B, vocab) float32 about what follows the last of ``tokens`` (B, T), the new ones of each request."""
         count, length = tokens.shape
-        x = self._embedding[tokens]  # (B, T, hidden)
+        x = self._enter(self._embedding[tokens]).contiguous()  # (B, T, hidden)
         logits = torch.empty(count, self._vocab)
         slots = batch.slots.repeat_interleave(length)  # (B * T,)
         positions = batch.positions.contiguous()  # (B, T)
@@ -128,7 +139,19 @@ class Step:
             *(self._address(norm.weight) if isinstance(norm, RMSNorm) else None for norm in norms),
             *(self._weight(linear) for linear in linears),
             model.config.windows[index] or 0,
+            self._turn(mlp.mix, model.config.intermediate_size),
         )
+
+    def _turn(self, module: nn.Module, size: int) -> _Turn:
+        if not isinstance(module, Rotation):
+            return _Turn()
+        block = base = hadamard_block(size)
+        while base % 2 == 0 and hadamard_block(base // 2) == base // 2:  # the rest is Sylvester's
+            base //= 2
+        matrix = hadamard(base) * block**-0.5
+        signs = None if module.signs is None else self._address(module.signs)
+        before, after = (None, signs) if module.inverse else (signs, None)
+        return _Turn(base, block // base, self._address(matrix.T if module.inverse else matrix), before, after)
 
     def _address(self, tensor: Tensor) -> int:
         kept = tensor.detach().float().contiguous()
@@ -139,7 +162,7 @@ class Step:
         bias = None if linear.bias is None else self._address(linear.bias)
         if isinstance(linear.weight, Tensor):
             shape = (*linear.weight.shape, linear.in_features, linear.in_features, 0)
-            return build.Weight(32, 0, self._address(linear.weight), None, None, None, bias, None, *shape)
+            return build.Weight(32, 0, 0, self._address(linear.weight), None, None, None, bias, None, *shape)
         assert isinstance(linear.prepared, NativeCpu)
         self._kept.append(linear.prepared)
         found = linear.prepared.native()

@@ -16,14 +16,14 @@ class Peer:
         return f"onnxruntime {ort.__version__}, accuracy level 4"
 
     def open(self, out: int, inputs: int, group: int, copies: int, threads: int) -> None:
-        """Weights (out, inputs) of int4 with a scale and a zero point for each ``group`` inputs; the same for all
-        copies, which onnxruntime does not know: each is laid out anew."""
+        """Weights (out, inputs) of int4 with a scale and a zero point for each ``group`` inputs, each with codes of its
+        own, so that nothing can be shared: the graph that onnxruntime optimizes keeps a product for each."""
         rng, groups = np.random.default_rng(0), inputs // group
-        codes = rng.integers(0, 256, (out, groups, group // 2), dtype=np.uint8)
         scales = (rng.random(out * groups, dtype=np.float32) + 0.5) / 8 / inputs**0.5
         zeros = np.full(out * groups // 2, 0x88, dtype=np.uint8)
         nodes, weights, results = [], [], []
         for i in range(copies):
+            codes = rng.integers(0, 256, (out, groups, group // 2), dtype=np.uint8)
             names = [f"{part}{i}" for part in ("codes", "scales", "zeros")]
             weights += [
                 numpy_helper.from_array(array, name)

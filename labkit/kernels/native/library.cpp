@@ -23,6 +23,24 @@ void labkit_linear(const Linear* weight, const float* x, float* y, long rows, in
         });
 }
 
+// The sum of x (count,), a multiple of 64: what reading memory costs, by the reads that products make and nothing else.
+float labkit_sum(const float* x, long count, int threads) {
+    constexpr int SUMS = 4;
+    const long blocks = count / (SUMS * LANES);
+    float total = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : total)
+    for (long part = 0; part < threads; part++) {
+        Floats sum[SUMS] = {zeros(), zeros(), zeros(), zeros()};
+        for (long b = blocks * part / threads; b < blocks * (part + 1) / threads; b++) {
+            const float* p = x + b * SUMS * LANES;
+            fetch_ahead(p, sizeof(float) * SUMS * LANES);
+            for (int i = 0; i < SUMS; i++) sum[i] = add(sum[i], load(p + i * LANES));
+        }
+        for (const Floats& one : sum) total += sum_of(one);
+    }
+    return total;
+}
+
 // New tokens of some sequences: see step.h.
 void labkit_step(const Model* model, const Cache* cache, const int64_t* slots, const int64_t* positions, float* x, long rows,
                  const int64_t* wanted, long count, float* logits, int threads) {

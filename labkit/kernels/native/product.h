@@ -9,6 +9,9 @@
 //
 // where value is table[code] (4 bits) or the code itself, signed (8 bits). Weights of 32 bits are plain float32 rows.
 //
+// Where each row has a table of its own, a register holds 16 inputs' weights of one row instead: a chunk is 8 times 16 inputs of
+// a row, and the word of lane i holds input i of each sixteen. Rows stand one after another then, not in panels.
+//
 // There are two kinds of arithmetic. Where input_width is 0, x stays float32, and so do all sums. Else x is rounded first, each
 // row by itself: input_width numbers that stand together become whole numbers from -127 to 127 of a step, which is the largest
 // of them over 127. Such a run times the codes is summed in int32, exactly, and only then multiplied by steps and scales.
@@ -26,9 +29,10 @@ constexpr int CHUNK = 8;  // inputs that are loaded together
 
 struct Linear {
     int32_t bits, half;      // half: scale and offset are float16, else float32
+    int32_t own;             // each row has its own table, float16 too where half; there is no offset
     const uint8_t* codes;    // (panels, chunks, ...) as above; of 32 bits, float32 (out, in)
-    const float* table;      // (16,)
-    const void* scale;       // (panels, groups, 16)
+    const float* table;      // (16,); (out, 16) where own
+    const void* scale;       // (panels, groups, 16); (out, groups) where own
     const void* offset;      // the same, or null
     const float* bias;       // (out,), or null
     const int32_t* order;    // (columns,): which input comes first, second, ..., or null: as they are
@@ -296,9 +300,51 @@ inline void plain(int rows, const Linear& w, long n, const float* x, float* y) {
     for (; m < rows; m++) plain_tile<1>(w, n, x + m * w.columns, y + m * LANES);
 }
 
+// The same of a weight of 4 bits whose rows have their own tables.
+template <int ROWS, class Stored>
+void own_tables(const Linear& w, long n, const float* x, float* y) {
+    constexpr int SUMS = sums_of(ROWS);
+    for (long j = 0; j < w.stored(n); j++) {
+        const long row = n * LANES + j;
+        const uint8_t* p = w.codes + row * w.in / 2;
+        const Stored* scale = (const Stored*)w.scale + row * w.groups();
+        float table[LANES];
+        store(table, load((const Stored*)w.table + row * LANES));
+        const Four codes(table);
+        Floats sum[ROWS][SUMS], step = zeros();
+        for (auto& row : sum)
+            for (auto& one : row) one = zeros();
+        long left = 0;  // sixteens of the group
+        for (long k = 0; k < w.in; k += LANES * CHUNK, p += Four::BYTES) {
+            fetch_ahead(p, Four::BYTES);
+            codes.chunk(p, [&](int i, const Floats& value) {
+                if (left == 0) step = all(number(*scale++)), left = w.width / LANES;
+                left--;
+                const Floats scaled = multiply(value, step);
+                for (int m = 0; m < ROWS; m++)
+                    sum[m][i % SUMS] = multiply_add(scaled, load(x + m * w.in + k + i * LANES), sum[m][i % SUMS]);
+            });
+        }
+        for (int m = 0; m < ROWS; m++) {
+            for (int i = 1; i < SUMS; i++) sum[m][0] = add(sum[m][0], sum[m][i]);
+            y[m * LANES + j] = sum_of(sum[m][0]);
+        }
+    }
+}
+
+template <class Stored, int ROWS = TILE>
+void own_tile(int rows, const Linear& w, long n, const float* x, float* y) {
+    if constexpr (ROWS > 0) {
+        if (rows < ROWS) own_tile<Stored, ROWS - 1>(rows, w, n, x, y);
+        else own_tables<ROWS, Stored>(w, n, x, y);
+    }
+}
+
 // y (rows, 16), rows up to TILE: the products of rows first, first + 1, ... with panel n, and the bias.
 inline void product(const Linear& w, long n, const Input& input, long first, int rows, float* y) {
     if (w.bits == 32) plain(rows, w, n, input.x + first * w.in, y);
+    else if (w.own && w.half) own_tile<uint16_t>(rows, w, n, input.x + first * w.in, y);
+    else if (w.own) own_tile<float>(rows, w, n, input.x + first * w.in, y);
     else if (w.bits == 4 && w.half) tile<Four, uint16_t>(rows, w, n, input, first, y);
     else if (w.bits == 4) tile<Four, float>(rows, w, n, input, first, y);
     else if (w.half) tile<Eight, uint16_t>(rows, w, n, input, first, y);

@@ -2,7 +2,8 @@
 //
 // All threads run the same code and share out the panels of each product and the heads of attention. What each needs whole,
 // the normed rows, each computes for itself: that is cheaper than waiting for another. They wait for each other six times a
-// layer. Between products nothing but float32 is computed with; the caller looks up the embedding.
+// layer, and once more where its model is a rotated one. Between products nothing but float32 is computed with; the caller
+// looks up the embedding.
 
 #pragma once
 #include <omp.h>
@@ -15,11 +16,20 @@
 
 namespace {
 
+// x -> (x before) H after, block by block: what models/rotate.py has left to be done online. H is `matrix`, which is over the
+// root of the block, by Sylvester's of order `power`.
+struct Turn {
+    int64_t base, power;          // whose product is a block; 0: there is nothing to turn
+    const float* matrix;          // (base, base)
+    const float *before, *after;  // (size,) of 1 and -1, or null
+};
+
 struct Layer {
     const float *input_norm, *post_norm;  // (hidden,)
     const float *q_norm, *k_norm;         // (head_dim,), or null
     Linear q, k, v, o, gate, up, down;
     int64_t window;  // how many tokens back a token sees, itself included; 0: all
+    Turn mix;        // of what down reads
 };
 
 struct Model {
@@ -29,6 +39,7 @@ struct Model {
     const float* norm;                 // (hidden,)
     const Layer* layer;
     Linear head;
+    Turn leave;  // of what the last norm reads
 };
 
 struct Cache {
@@ -67,6 +78,32 @@ inline void rms_norm(const float* x, const float* weight, long size, float eps, 
     const float factor = 1 / std::sqrt(squares / size + eps);
 #pragma omp simd
     for (long i = 0; i < size; i++) y[i] = x[i] * factor * weight[i];
+}
+
+// x (size,), turned where it lies.
+inline void turn(const Turn& by, long size, float* x) {
+    const long half = by.power / 2, block = by.base * by.power;
+    std::vector<float> room(block);
+    for (long i = 0; by.before && i < size; i++) x[i] *= by.before[i];
+    for (float* here = x; here < x + size; here += block) {
+        std::fill(room.begin(), room.end(), 0);
+        for (long row = 0; row < by.base; row++)
+            for (long from = 0; from < by.base; from++)
+#pragma omp simd
+                for (long i = 0; i < by.power; i++) room[row * by.power + i] += by.matrix[from * by.base + row] * here[from * by.power + i];
+        float *from = room.data(), *to = here;
+        // Sylvester's is the product of one step for each bit of an index. Each takes the lowest bit and leaves it as the
+        // highest, so that after all of them every bit is where it was, and no step has to move single numbers.
+        for (long done = 1; done < by.power; done *= 2, std::swap(from, to))
+            for (long row = 0; row < block; row += by.power)
+#pragma omp simd
+                for (long i = 0; i < half; i++) {
+                    const float a = from[row + 2 * i], b = from[row + 2 * i + 1];
+                    to[row + i] = a + b, to[row + half + i] = a - b;
+                }
+        if (from != here) std::memcpy(here, from, block * sizeof(float));
+    }
+    for (long i = 0; by.after && i < size; i++) x[i] *= by.after[i];
 }
 
 // Each pair (channel i, channel i + half) turned by its angle.
@@ -289,11 +326,19 @@ void step(const Model& model, const Cache& cache, const int64_t* slots, const in
                 for (long j = 0; j < count; j++) gate[j] = gate[j] / (1 + exp_of(-gate[j])) * values[j];
             });
             barrier->wait();
+            if (layer.mix.base) {
+                for (long m = part; m < rows; m += parts) turn(layer.mix, model.intermediate, &inner[m * model.intermediate]);
+                barrier->wait();
+            }
             share(layer.down, inner.data(), rows, onto_x);
             barrier->wait();
         }
-        for (long m = 0; m < count; m++)
-            rms_norm(&x[wanted[m] * hidden], model.norm, hidden, model.eps, &normed[m * hidden]);
+        for (long m = 0; m < count; m++) {
+            float* row = &normed[m * hidden];
+            std::memcpy(row, x + wanted[m] * hidden, hidden * sizeof(float));
+            if (model.leave.base) turn(model.leave, hidden, row);
+            rms_norm(row, model.norm, hidden, model.eps, row);
+        }
         share(model.head, normed.data(), count, into(logits, model.head.out));
     }
 }

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from labkit import quant
 from labkit.kernels import backends, build, prepare
 from labkit.kernels.native_cpu import NativeCpu
 from labkit.quant import QuantizedTensor, QuantSpec, encode, fit
@@ -33,6 +34,7 @@ FORMATS = [
     "nf4 g64",
     "mxfp4",
     "nvfp4",
+    *(f"table{bits} {rest}, own" for bits, rest in ((2, "g64"), (3, "tensor"), (4, "g32 scale=fp32"), (4, "8x48"))),
 ]  # fmt: skip
 MARCHES = ["native", "x86-64-v3"]  # the second has AVX2 and no AVX-512
 if "avx512bw" in Path("/proc/cpuinfo").read_text():
@@ -43,7 +45,9 @@ INPUTS = [f"int8 {block} narrow scale=fp32" for block in ("g8", "g32", "g64", "c
 
 
 def quantized(text: str, out: int, inputs: int) -> QuantizedTensor:
-    weight, spec = torch.randn(out, inputs), QuantSpec.parse(text)
+    weight, spec = torch.randn(out, inputs), QuantSpec.parse(text.removesuffix(", own"))
+    if text.endswith(", own"):
+        return quant.quantile(weight, spec)  # a table for each row, with no search
     return encode(weight, spec, fit(weight, spec))
 
 
@@ -275,11 +279,23 @@ def test_the_reason_why_not_is_named(text: str, inputs: int, reason: str) -> Non
     assert prepare(weight).backend == "reference"
 
 
-def test_a_table_for_each_row_and_outliers_are_refused() -> None:
-    spec = QuantSpec.parse("table2 channel")
-    codes = torch.zeros(4, 16, dtype=torch.uint8)
-    each = QuantizedTensor(codes, torch.ones(4, 1), spec, table=torch.randn(4, 4).sort().values)
-    assert "table of its own" in str(backends(each)["native_cpu"])
+@pytest.mark.parametrize("march", MARCHES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_table_for_each_row(dtype: torch.dtype, march: str) -> None:
+    codes, table = torch.randint(16, (21, 300), dtype=torch.uint8), torch.randn(21, 16).sort().values.to(dtype)
+    g_idx = (torch.arange(300).int() // 48)[torch.randperm(300)]
+    weight = QuantizedTensor(codes, torch.rand(21, 7).half(), QuantSpec.parse("table4 g48"), table=table, g_idx=g_idx)
+    x = torch.randn(11, 300)
+    assert off(NativeCpu(weight, march=march)(x), x, weight) < 1e-6
+    kernel = NativeCpu(quant.kmeans(torch.randn(64, 512), QuantSpec.parse("table4 g64")))
+    assert kernel.nbytes == 64 * 512 // 2 + 64 * 8 * 2 + 64 * 16 * 2
+
+
+def test_what_it_does_not_know_is_refused() -> None:
+    narrow = quantized("table2 g8, own", 4, 32)
+    assert "a multiple of 16, found 8" in str(backends(narrow)["native_cpu"])
+    grid = QuantSpec.parse("int8 g32 narrow scale=fp32")
+    assert "by integers" in str(backends(quantized("table2 g64, own", 4, 64), grid)["native_cpu"])
     outliers = (torch.tensor([3]), torch.tensor([50.0]))
     assert "outliers" in str(
         backends(replace(quantized("int3 g16", 4, 16), outliers=outliers))["native_cpu"]
@@ -288,11 +304,19 @@ def test_a_table_for_each_row_and_outliers_are_refused() -> None:
     assert "16 columns each" in str(backends(uneven)["native_cpu"])
 
 
+@pytest.mark.parametrize("march", MARCHES)
+def test_what_reads_memory_reads_every_number(march: str, threads: int) -> None:
+    for blocks in (0, 1, 7, 40):
+        x = torch.randn(64 * blocks)
+        found = build.library(march).labkit_sum(x.data_ptr(), x.numel(), threads)
+        assert found == pytest.approx(float(x.double().sum()), abs=1e-4)
+
+
 PRODUCTS = textwrap.dedent("""
     import ctypes, sys, torch
     from labkit.kernels import backends, build, prepare
     from labkit.kernels.native_cpu import NativeCpu
-    from labkit.quant import QuantSpec, encode, fit
+    from labkit.quant import QuantSpec, encode, fit, quantile
     def weight(text, out=33, inputs=75):
         w, spec = torch.randn(out, inputs), QuantSpec.parse(text)
         return encode(w, spec, fit(w, spec))
@@ -342,13 +366,15 @@ def test_no_byte_outside_its_buffers_is_touched(march: str, tmp_path: Path) -> N
         for out, inputs in ((1, 1), (33, 75), (16, 64)):
             for rows in (1, 2, 5, 8, 11):
                 NativeCpu(weight(text, out, inputs))(torch.randn(rows, inputs))
+                own = NativeCpu(quantile(torch.randn(out, inputs), QuantSpec.parse("table3 g16")))
+                own(torch.randn(rows, inputs))
                 if text.startswith("int"):
                     grid = QuantSpec.parse("int8 g16 narrow scale=fp32")
                     NativeCpu(weight(text, out, inputs), grid)(torch.randn(rows, inputs))
     from labkit import models
     from labkit.serving.kv_cache import KVCache
     from labkit.serving.step import Step
-    for recipe in (None, "w3a16-gptq-g64-actorder", "w4a8-rtn-g32"):
+    for recipe in (None, "w3a16-gptq-g64-actorder", "w4a8-rtn-g32", "w4a16-rotate-rtn-g64"):
         model = models.load("tiny") if recipe is None else models.quantize(models.load("tiny"), recipe)
         cache = KVCache(model.config, max_batch=2, max_len=8)
         step = Step(model, cache)

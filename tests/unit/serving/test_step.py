@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from labkit import models
 from labkit.models.config import ModelConfig
 from labkit.models.llama import Llama
-from labkit.quant import QuantSpec, encode, fit
+from labkit.models.rotate import Rotation
+from labkit.quant import QuantSpec, encode, fit, quantile
 from labkit.serving import Engine, SamplingParams
 from labkit.serving.engine import STRETCH
 from labkit.serving.kv_cache import Batch, KVCache
@@ -30,7 +31,10 @@ CONFIGS = {
     "as many KV heads as heads": replace(PLAIN, kv_heads=6),
     "an untied head": replace(PLAIN, tie_embeddings=False),
 }
-SPECS = [None, "int4 g16 asym", "int8 channel", "int8 g16 asym", "int3 g8 asym", "nf4 g16", "int4 g16 asym, rounded"]
+SPECS = [
+    *(None, "int4 g16 asym", "int8 channel", "int8 g16 asym", "int3 g8 asym", "nf4 g16", "table3 g16"),
+    "int4 g16 asym, rounded",
+]
 
 
 def random_llama(config: ModelConfig, spec: str | None = None) -> Llama:
@@ -42,7 +46,8 @@ def random_llama(config: ModelConfig, spec: str | None = None) -> Llama:
     for name, linear in llama.linears().items():
         if spec is not None and name != "lm_head":
             weight, grid = linear.weight.detach(), QuantSpec.parse(spec.removesuffix(", rounded"))
-            linear.weight = encode(weight, grid, fit(weight, grid))
+            table = grid.format.startswith("table")
+            linear.weight = quantile(weight, grid) if table else encode(weight, grid, fit(weight, grid))
             linear.input = QuantSpec.parse("int8 g8 narrow scale=fp32") if "rounded" in spec else None
     return llama
 
@@ -232,13 +237,50 @@ def test_act_order_and_a_whole_recipe() -> None:
         ]
 
 
+@pytest.mark.parametrize("spec", [None, "int4 g16 asym", "int4 g16 asym, rounded"])
+@pytest.mark.parametrize("sizes", [(48, 80), (64, 256), (72, 176), (36, 42), (50, 1536)])  # two in blocks
+@torch.inference_mode()
+def test_online_transforms(sizes: tuple[int, int], spec: str | None) -> None:
+    hidden, inner = sizes
+    llama = random_llama(replace(PLAIN, hidden_size=hidden, intermediate_size=inner), spec)
+    near, generator = 0.03 if "rounded" in str(spec) else 1e-4, torch.Generator().manual_seed(3)
+
+    def signs(size: int) -> Tensor:
+        return (torch.randint(2, (size,), generator=generator) * 2 - 1).to(torch.int8)
+
+    llama.model.enter = Rotation(hidden, signs(hidden))
+    llama.model.leave = Rotation(hidden, signs(hidden), inverse=True)
+    llama.blocks[0].mlp.mix = Rotation(inner)
+    llama.blocks[1].mlp.mix = Rotation(inner, signs(inner))
+    llama.blocks[2].mlp.mix = Rotation(inner, signs(inner), inverse=True)
+    for lengths, tokens in (([1], 1), ([9, 4, 1, 20, 3], 1), ([2, 7], 5)):
+        ids, new = list(range(len(lengths))), texts(llama, len(lengths))[:, -tokens:]
+        plain, native = filled(llama, lengths), filled(llama, lengths)
+        wanted = llama(new, plain.batch(ids, tokens))[:, -1]
+        found = Step(llama, native)(new, native.batch(ids, tokens))
+        torch.testing.assert_close(found, wanted, rtol=near, atol=near * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("input", [None, "int8 g32 narrow scale=fp32"])
+def test_a_rotated_checkpoint_writes_the_same_text(input: str | None) -> None:
+    tiny = models.quantize(models.load("tiny"), "w4a16-rotate-rtn-g64")
+    for name, linear in tiny.linears().items():
+        if name != "lm_head" and input is not None:
+            linear.input = QuantSpec.parse(input)
+    assert Step.why_not(tiny) is None
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+    with Engine(tiny) as engine, Engine(tiny, native=False) as plain:
+        prompts = ["Call me", "The whale", "It was the whale that we had seen before, and it was white."]
+        assert [c.text for c in engine.generate(prompts, params)] == [
+            c.text for c in plain.generate(prompts, params)
+        ]
+
+
 def test_what_it_does_not_take_is_named() -> None:
     assert Step.why_not(random_llama(PLAIN)) is None
-    turned = models.quantize(models.load("tiny"), "w4a16-rotate-rtn-g64")
-    assert Step.why_not(turned) == "it has online transforms"
     with_mix = random_llama(PLAIN)
     with_mix.blocks[1].mlp.mix = nn.Tanh()
-    assert Step.why_not(with_mix) == "it has online transforms"
+    assert Step.why_not(with_mix) == "of online transforms it knows Rotation, found Tanh"
     fp8 = random_llama(PLAIN, "fp8_e4m3 g16")
     assert str(Step.why_not(fp8)).startswith("model.layers.0.self_attn.q_proj: its fp8_e4m3")
 
