@@ -139,7 +139,7 @@ class KVCache:
         return self._lengths[id]
 
     def add(self, id: int) -> None:
-        """Let a request in, without tokens. Raises RuntimeError when there are ``max_batch``, ValueError for one again."""
+        """Let a request in, without tokens. Raises RuntimeError for one too many, ValueError for one that is in."""
         if id in self._tables:
             raise ValueError(f"request {id} is in the cache already")
         if len(self._tables) == self.max_batch:
@@ -151,7 +151,8 @@ class KVCache:
         pages = self._tables.pop(id)
         del self._lengths[id]
         # Zeros, because a masked position still takes part in the sum as 0 * value, and 0 * NaN is NaN.
-        self.keys.clear(pages), self.values.clear(pages)
+        for store in (self.keys, self.values):
+            store.clear(pages)
         self._free += reversed(pages)
 
     def batch(self, ids: Sequence[int], tokens: int) -> Batch:
@@ -166,10 +167,8 @@ class KVCache:
         if max(starts) + tokens > self.max_len:
             raise ValueError(f"{max(starts)} + {tokens} tokens do not fit into {self.max_len} positions")
         wanted = [panels(start + tokens) - len(self._tables[id]) for id, start in zip(ids, starts, strict=True)]
-        if sum(wanted) > len(self._free):
-            raise RuntimeError(
-                f"{sum(wanted)} more pages are needed, {len(self._free)} of {self.pages} are free; remove a request first"
-            )
+        if (needed := sum(wanted)) > (free := len(self._free)):
+            raise RuntimeError(f"{needed} more pages needed, {free} of {self.pages} free; remove a request first")
         for id, start, count in zip(ids, starts, wanted, strict=True):
             self._tables[id] += (self._free.pop() for _ in range(count))
             self._lengths[id] = start + tokens

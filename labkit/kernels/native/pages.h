@@ -121,8 +121,8 @@ public:
     const long width;  // of a group
 
     Pages(const Kept& kept, long layer, long heads, long head, long size)
-        : size(size), width(std::min<long>(kept.width, size)), kept_(kept), first_(layer * kept.pages * heads + head),
-          heads_(heads) {}
+        : size(size), width(kept.width), kept_(kept), groups_((size + width - 1) / width),
+          first_(layer * kept.pages * heads + head), heads_(heads) {}
 
     template <class Stored>
     uint8_t* codes(int32_t page) const {
@@ -143,7 +143,8 @@ public:
         return std::max(4L, (12L << 10) / bytes<Stored>());
     }
 
-    // Write one token, x (size,), as the grid's fit and encode do in Python.
+    // Write one token, x (size,), as the grid's fit and encode do in Python. Where those refuse a number that is none, or too large
+    // for its scale, the group has no numbers.
     template <class Stored>
     void keep(int32_t page, long lane, const float* x) const {
         uint8_t* to = codes<Stored>(page);
@@ -178,10 +179,10 @@ public:
 
 private:
     const Kept& kept_;
-    const long first_, heads_;
+    const long groups_, first_, heads_;
 
     long place(int32_t page) const { return first_ + page * heads_; }
-    long place(int32_t page, long group) const { return place(page) * ((size + width - 1) / width) + group; }
+    long place(int32_t page, long group) const { return place(page) * groups_ + group; }
     template <class Stored>
     long bytes() const {
         return size * Stored::BITS / 8 * LANES;

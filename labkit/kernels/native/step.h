@@ -127,9 +127,10 @@ void multiply_keys(const Query* queries, const Pages& keys, const int32_t* table
 template <int COUNT, int PAGES, class Stored>
 void mix_values(const Pages& values, const int32_t* table, long p, long last, const float* weights, long stride, float* sums) {
     const uint8_t *page[PAGES], *next[PAGES];
+    const long ahead = values.ahead<Stored>();
     for (int k = 0; k < PAGES; k++) {
         page[k] = values.codes<Stored>(table[p + k]);
-        next[k] = values.codes<Stored>(table[std::min(p + k + values.ahead<Stored>(), last)]);
+        next[k] = values.codes<Stored>(table[std::min(p + k + ahead, last)]);
     }
     for (long i = 0, group = 0; i < values.size; group++) {
         Floats weight[PAGES][COUNT], offset[PAGES];

@@ -216,7 +216,7 @@ def test_the_expansion_takes_defaults_from_the_method(monkeypatch: pytest.Monkey
         ("rules: [{match: '*', weight: int4 g64, method: rtn, input: int9}]", "rule 1: .*int9"),
         ("rules: [{match: '*', weight: int4 g64, method: rtn, input: int8 tensor}]", "tokens of different texts"),
         ("rules: [{match: '*', weight: int4 g64, method: rtn, input: int8 b64}]", "tokens of different texts"),
-        ("kv: {key: fp8}\nrules: [{match: '*', weight: keep}]", "kv.key must be one of fp32, fp16, bf16 or a spec of integers"),
+        ("kv: {key: fp8}\nrules: [{match: '*', weight: keep}]", "kv.key must be one of fp32, fp16, bf16 or a spec"),
         ("kv: {keys: fp16}\nrules: [{match: '*', weight: keep}]", "kv: unknown key 'keys'"),
     ],
 )

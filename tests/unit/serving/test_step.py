@@ -157,7 +157,7 @@ def test_as_many_queries_of_a_head_as_there_are(heads: tuple[int, int]) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
-FORMATS = {  # and how near a step is: where a number is rounded on the way, a last bit decides now and then about a step of it
+FORMATS = {  # and how near: where a number is rounded on the way, a last bit decides now and then about a step of it
     KVSpec("fp32", "fp16"): 1e-3,
     KVSpec("fp16", "fp16"): 1e-3,
     KVSpec("bf16", "bf16"): 1e-2,
@@ -172,7 +172,7 @@ FORMATS = {  # and how near a step is: where a number is rounded on the way, a l
 @pytest.mark.parametrize("kv", FORMATS, ids=str)
 @torch.inference_mode()
 def test_keys_and_values_in_every_format(kv: KVSpec, head_dim: int) -> None:
-    """Steps of several texts, stretches of one, windows: as the model's own pass with the same cache, and over whole texts."""
+    """Several texts, stretches of one, windows, pages used again: as the model's pass, with and without a cache."""
     llama = random_llama(replace(PLAIN, head_dim=head_dim, windows=(None, 5, None)))
     llama.kv, near = kv, FORMATS[kv]
     lengths, ids = [3, 17, 1, 30], [0, 1, 2, 3]
@@ -198,21 +198,24 @@ def test_keys_and_values_in_every_format(kv: KVSpec, head_dim: int) -> None:
         assert off < near, off
 
 
-@pytest.mark.parametrize("text", ["fp16", "bf16", *(f"int{bits} {block}{kind} scale={scale}" for bits, block, kind, scale in (
-    (8, "channel", "", "fp16"), (8, "g32", "", "fp32"), (8, "g5", " narrow", "bf16"), (8, "g32", " asym", "fp16"),
-    (8, "channel", " asym", "fp32"), (4, "g32", "", "fp16"), (4, "channel", " asym", "bf16"), (4, "g7", " asym", "fp16"),
-    (4, "g1", " asym", "fp16"), (5, "g16", "", "fp16"), (2, "g3", " narrow", "fp32"),
-))])  # fmt: skip
+EXACT = [
+    "fp16", "bf16", "int8 channel", "int8 g32 scale=fp32", "int8 g5 narrow scale=bf16", "int8 g32 asym",
+    "int8 channel asym scale=fp32", "int4 g32", "int4 channel asym scale=bf16", "int4 g7 asym", "int4 g1 asym",
+    "int5 g16", "int2 g3 narrow scale=fp32",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", EXACT)
 @torch.inference_mode()
 def test_a_token_is_rounded_to_the_very_codes_and_scales_of_quant(text: str) -> None:
-    """Projections of zeros with a bias: at position 0, which turns nothing, keys and values are the bias to the last bit."""
+    """Projections of zeros with a bias: at position 0, which turns nothing, keys and values are the very bias."""
     llama = random_llama(replace(PLAIN, qkv_bias=True, heads=8, kv_heads=8, head_dim=46, layers=6))
     llama.kv = KVSpec(text, text)
     generator = torch.Generator().manual_seed(3)
     biases = []
     for i, block in enumerate(llama.blocks):
         for linear in (block.self_attn.k_proj, block.self_attn.v_proj):
-            x = torch.randn(8, 46, generator=generator) * 10.0 ** (3 - 2 * i)  # (heads, head_dim), down to what vanishes
+            x = torch.randn(8, 46, generator=generator) * 10.0 ** (3 - 2 * i)  # (heads, head_dim)
             x[0], x[1], x[2] = 0, 0.3, -0.7  # blocks of one number have rules of their own
             x[3], x[4, ::2] = x[3].abs(), 0
             x[5] = x[5].round(decimals=1)
