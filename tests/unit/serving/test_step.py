@@ -168,7 +168,7 @@ FORMATS = {  # and how near: where a number is rounded on the way, a last bit de
 }
 
 
-@pytest.mark.parametrize("head_dim", [2, 10, 40, 64, 80])
+@pytest.mark.parametrize("head_dim", [2, 10, 80])
 @pytest.mark.parametrize("kv", FORMATS, ids=str)
 @torch.inference_mode()
 def test_keys_and_values_in_every_format(kv: KVSpec, head_dim: int) -> None:
@@ -209,7 +209,7 @@ EXACT = [
 @torch.inference_mode()
 def test_a_token_is_rounded_to_the_very_codes_and_scales_of_quant(text: str) -> None:
     """Projections of zeros with a bias: at position 0, which turns nothing, keys and values are the very bias."""
-    llama = random_llama(replace(PLAIN, qkv_bias=True, heads=8, kv_heads=8, head_dim=46, layers=6))
+    llama = random_llama(replace(PLAIN, qkv_bias=True, heads=8, kv_heads=8, head_dim=46, layers=6, windows=()))
     llama.kv = KVSpec(text, text)
     generator = torch.Generator().manual_seed(3)
     biases = []
@@ -237,7 +237,7 @@ def test_a_token_is_rounded_to_the_very_codes_and_scales_of_quant(text: str) -> 
 def test_what_is_no_number_stays_with_its_request() -> None:
     """Not with another of the same step, and not with the next that gets its pages."""
     for kv in (KVSpec(), KVSpec("fp16", "bf16"), KVSpec("int8 channel", "int4 g4 asym")):
-        llama = random_llama(PLAIN)
+        llama = random_llama(replace(PLAIN, tie_embeddings=False))
         llama.kv = kv
         plain, native = filled(llama, [9, 4]), filled(llama, [9, 4])
         llama.model.embed_tokens.weight[11] = float("nan")
