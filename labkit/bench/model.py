@@ -183,9 +183,9 @@ def per_token(weights: float, found: models.Llama, at: int, sequences: int, bits
     return weights / sequences + kv_bytes(found.config, at, bits)
 
 
-def cache_bits(found: models.Llama) -> int:
-    """Of a number in our cache."""
-    return 8 * found.kv.dtypes[0].itemsize
+def cache_bits(found: models.Llama) -> float:
+    """Of a number in our cache, on average."""
+    return found.kv.bits(found.config.head_dim)
 
 
 class Bfloat16:

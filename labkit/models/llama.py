@@ -29,9 +29,12 @@ class Cache(Protocol):
                 returns all keys and values that these tokens may look at, (B, kv_heads, S, head_dim), and
                 a mask: bool, True = visible, broadcastable to (B, heads, T, S); None = all visible.
                 ``visible`` makes it; a layer with a window (``config.windows[layer]``) needs its own.
+    rounds      whether ``update`` itself rounds what it is given to what it keeps it in; else attention does before.
+                To round twice would not do: a rounded number may have another scale.
     """
 
     positions: Tensor
+    rounds: bool
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
@@ -50,6 +53,8 @@ def visible(queries: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
 class WholeText:
     """The cache of a pass that has no past: the tokens are whole texts from their first token on."""
 
+    rounds = False
+
     def __init__(self, config: ModelConfig, tokens: Tensor) -> None:
         self.positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         masks = {w: visible(self.positions, self.positions, w) for w in set(config.windows)}
@@ -64,6 +69,8 @@ class GrowingCache:
 
     ``model(tokens, cache.expect(tokens))``, again and again. The serving engine has a faster one.
     """
+
+    rounds = False
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -183,7 +190,10 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(split)).transpose(1, 2)  # (B, heads, T, head_dim)
         k = self.k_norm(self.k_proj(x).view(split)).transpose(1, 2)  # (B, kv_heads, T, head_dim)
         v = self.v_proj(x).view(split).transpose(1, 2)  # (B, kv_heads, T, head_dim)
-        k, v, mask = cache.update(self.layer, *self.kv.round(rotate(k, rotary), v))  # (B, kv_heads, S, head_dim)
+        k = rotate(k, rotary)
+        if not cache.rounds:
+            k, v = self.kv.round(k, v)
+        k, v, mask = cache.update(self.layer, k, v)  # (B, kv_heads, S, head_dim)
         y = F.scaled_dot_product_attention(rotate(q, rotary), k, v, attn_mask=mask, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, hidden)
 

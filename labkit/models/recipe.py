@@ -11,7 +11,7 @@
         method: gptq
         options: {act_order: true}
         input: int8 g32 narrow scale=fp32  # the grid of the activations; left out, they stay as they are
-    kv: {key: fp16, value: fp16} # what keys and values are kept in; left out, they stay in fp32
+    kv: {key: fp16, value: int8 channel}  # what keys and values are kept in; left out, they stay in fp32
     train: {steps: 1000}         # quantization-aware training afterwards; may be left out
 
 A recipe's name follows the field: w4a16-gptq-g64 has 4-bit weights, activations that are not quantized

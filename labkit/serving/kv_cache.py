@@ -1,8 +1,8 @@
-"""The keys and values of every running request, so that a step computes only what is new.
+"""The keys and values of every running request, in pages, so that a step computes only what is new.
 
-One row per request, each of ``max_len`` positions. Rows 0 to n - 1 are in use: when a request leaves, the
-last row moves into the hole, so that a step over all requests reads one block of memory and copies
-nothing.
+A page holds ``PANEL`` tokens of one request. Which pages a request has stands in its block table; they may lie
+anywhere in the pool, so nothing is ever moved, and what a request leaves the next one takes (Kwon et al. 2023,
+PagedAttention, arXiv 2309.06180).
 """
 
 from __future__ import annotations
@@ -16,112 +16,189 @@ import torch
 from torch import Tensor
 
 from labkit.models.config import ModelConfig
-from labkit.models.kv import KVSpec
+from labkit.models.kv import KVSpec, format_of
 from labkit.models.llama import visible
+from labkit.quant import Blocks, QuantizedTensor, QuantSpec, encode, fit, formats
 
-PANEL = 16  # keys that lie beside each other, number by number: our own kernel multiplies all by a query at once
+PANEL = 16  # tokens of a page; our own kernel computes with all of them at once
 
 
 def panels(length: int) -> int:
-    """How many hold so many positions."""
+    """How many pages hold so many positions."""
     return -(-length // PANEL)
+
+
+class Store:
+    """The keys, or the values, of all pages in one format: a dtype, or a grid whose codes are kept.
+
+    codes  (layers, pages, kv_heads, rows, PANEL): row i has number i of the page's tokens. Codes are bytes, counted
+           from the lowest; of up to 4 bits, row i has number 2i in its lower half and number 2i + 1 in its upper
+    scale  (layers, pages, kv_heads, groups, PANEL), or None
+    zero   the same of uint8, or None
+    """
+
+    def __init__(self, config: ModelConfig, pages: int, format: torch.dtype | QuantSpec) -> None:
+        self.format, self.size = format, config.head_dim
+        shape = config.layers, pages, config.kv_heads
+        self.scale = self.zero = None
+        if isinstance(format, torch.dtype):
+            self.codes = _zeros((*shape, self.size, PANEL), format)
+            return
+        assert isinstance(format.scale, str)
+        rows = self.size if format.bits > 4 else self.size // 2  # a head has an even number, for its rotation
+        groups = Blocks((1, self.size), format.block).grid[1]
+        self.codes = _zeros((*shape, rows, PANEL), torch.uint8)
+        self.scale = _zeros((*shape, groups, PANEL), formats.SCALE_DTYPES[format.scale])
+        if format.zero != "none":
+            self.zero = _zeros((*shape, groups, PANEL), torch.uint8)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        return [part for part in (self.codes, self.scale, self.zero) if part is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def write(self, layer: int, pages: Tensor, lanes: Tensor, x: Tensor) -> None:
+        """Keep x (B, T, kv_heads, head_dim) at these pages and places in them, both (B, T)."""
+        for part, kept in zip(self.parts, self._kept(x), strict=True):
+            part[layer][pages, :, :, lanes] = kept
+
+    def read(self, layer: int, table: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, kv_heads, P * PANEL, head_dim): what the pages in ``table`` (B, P) hold."""
+        # A page is copied as it lies, which is fast, and its tokens become rows afterwards.
+        found = [part[layer].index_select(0, table.flatten()) for part in self.parts]
+        rows = [part.unflatten(0, table.shape).permute(0, 2, 1, 4, 3).flatten(2, 3) for part in found]
+        if isinstance(self.format, torch.dtype):
+            return rows[0].to(dtype)
+        spec, (codes, *groups) = self.format, rows
+        if spec.bits <= 4:
+            codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+        if spec.zero == "none":
+            codes = (codes.short() + spec.code_range[0]).char()
+        scale, *zero = (part.flatten(0, 2) for part in groups)  # (B * kv_heads * P * PANEL, groups)
+        return QuantizedTensor(codes, scale, spec, zero[0] if zero else None).dequantize(dtype)
+
+    def clear(self, pages: list[int]) -> None:
+        for part in self.parts:
+            part[:, pages] = 0
+
+    def _kept(self, x: Tensor) -> list[Tensor]:
+        """The parts of x (..., head_dim): (..., rows), and (..., groups) of scales and zero points."""
+        spec = self.format
+        if isinstance(spec, torch.dtype):
+            return [x.to(spec)]
+        found = encode(x, spec, fit(x, spec))
+        codes = (found.codes.short() - spec.code_range[0]).byte()
+        if spec.bits <= 4:
+            codes = codes[..., ::2] | codes[..., 1::2] << 4
+        groups = [part for part in (found.scale, found.zero) if isinstance(part, Tensor)]
+        return [codes, *(part.view(*x.shape[:-1], -1) for part in groups)]
 
 
 class KVCache:
     """Keys and values of up to ``max_batch`` requests of up to ``max_len`` tokens each.
 
-    A request is known by its id: ``add`` gives it a row, ``batch`` makes what the model is called with to
-    append tokens, ``remove`` frees the row. Memory is taken when a position is first written, not before.
+    A request is known by its id: ``add`` lets it in, ``batch`` gives it the pages it needs and makes what the model is
+    called with to append tokens, ``remove`` frees them. Memory is taken when a page is first written, not before.
 
-    kv      what they are kept in; it should be the model's own, whose pass rounds them to it
-    keys    (layers, max_batch, kv_heads, panels, head_dim, PANEL): position p is keys[..., p // PANEL, :, p % PANEL]
-    values  (layers, max_batch, kv_heads, max_len, head_dim)
+    kv     what they are kept in: the model's own
+    pages  of the pool, which all requests share; as many as they can need together, unless it is said
     """
 
-    def __init__(self, config: ModelConfig, *, max_batch: int, max_len: int, kv: KVSpec | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, *, max_batch: int, max_len: int, kv: KVSpec | None = None, pages: int | None = None
+    ) -> None:
         self.config, self.max_batch, self.max_len = config, max_batch, max_len
-        key, value = (kv or KVSpec()).dtypes
-        rows = config.layers, max_batch, config.kv_heads
-        self.keys = _zeros((*rows, panels(max_len), config.head_dim, PANEL), key)
-        self.values = _zeros((*rows, max_len, config.head_dim), value)
-        self._ids: list[int] = []  # by row
-        self._lengths: list[int] = []  # by row: positions that are taken
+        self.pages, kv = max_batch * panels(max_len) if pages is None else pages, kv or KVSpec()
+        self.keys, self.values = (Store(config, self.pages, format_of(name)) for name in (kv.key, kv.value))
+        self._free = list(reversed(range(self.pages)))  # the last is taken next: what was freed, before what is new
+        self._tables: dict[int, list[int]] = {}  # by request: its pages in order
+        self._lengths: dict[int, int] = {}  # by request: positions that are taken
 
     def __len__(self) -> int:
-        """How many requests have a row."""
-        return len(self._ids)
+        """How many requests are in the cache."""
+        return len(self._tables)
 
     def __contains__(self, id: int) -> bool:
-        return id in self._ids
+        return id in self._tables
 
     @property
     def tokens(self) -> int:
         """How many positions are taken, over all requests."""
-        return sum(self._lengths)
+        return sum(self._lengths.values())
+
+    @property
+    def position_bytes(self) -> float:
+        """Bytes of one position: its keys and values in all layers, with their scales and zero points."""
+        return (self.keys.nbytes + self.values.nbytes) / (self.pages * PANEL)
 
     def length(self, id: int) -> int:
         """How many tokens of this request are in the cache."""
-        return self._lengths[self._ids.index(id)]
+        return self._lengths[id]
 
     def add(self, id: int) -> None:
-        """Give a request an empty row. Raises RuntimeError when none is free."""
-        if len(self._ids) == self.max_batch:
-            raise RuntimeError(f"all {self.max_batch} rows are taken; remove a request first")
-        self._ids.append(id)
-        self._lengths.append(0)
+        """Let a request in, without tokens. Raises RuntimeError for one too many, ValueError for one that is in."""
+        if id in self._tables:
+            raise ValueError(f"request {id} is in the cache already")
+        if len(self._tables) == self.max_batch:
+            raise RuntimeError(f"all {self.max_batch} places are taken; remove a request first")
+        self._tables[id], self._lengths[id] = [], 0
 
     def remove(self, id: int) -> None:
-        """Free a request's row; the last row takes its place. Nothing of the request stays in memory."""
-        row, last = self._ids.index(id), len(self._ids) - 1
-        length, kept = self._lengths[row], self._lengths[last]
-        for store, used, moved in ((self.keys, panels(length), panels(kept)), (self.values, length, kept)):
-            if row != last:
-                store[:, row, :, :moved] = store[:, last, :, :moved]
-            # Zeros, because a masked position still takes part in the sum as 0 * value, and 0 * NaN is NaN.
-            store[:, row, :, moved if row != last else 0 : used] = 0
-            store[:, last, :, :moved] = 0
-        self._ids[row], self._lengths[row] = self._ids[last], kept
-        self._ids.pop()
-        self._lengths.pop()
+        """Free a request's pages. Nothing of the request stays in memory."""
+        pages = self._tables.pop(id)
+        del self._lengths[id]
+        # Zeros, because a masked position still takes part in the sum as 0 * value, and 0 * NaN is NaN.
+        for store in (self.keys, self.values):
+            store.clear(pages)
+        self._free += reversed(pages)
 
     def batch(self, ids: Sequence[int], tokens: int) -> Batch:
         """Append ``tokens`` positions to each of these requests: what the model is called with next.
 
-        The requests must stand in neighbouring rows (all there are, or one alone, always do); the batch
-        has them in the order of its ``ids``. Raises ValueError otherwise, and where max_len would be
-        exceeded.
+        The batch has them in the order of ``ids``. Raises ValueError where one is named twice or ``max_len`` would be
+        exceeded, RuntimeError where too few pages are free; the cache is then as it was.
         """
-        rows = sorted(self._ids.index(id) for id in ids)
-        first, stop = rows[0], rows[-1] + 1
-        if rows != list(range(first, stop)):
-            raise ValueError(f"requests of one batch must stand in neighbouring rows, found {rows}")
-        starts = self._lengths[first:stop]
+        starts = [self._lengths[id] for id in ids]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"a request has one row of a batch, found {list(ids)}")
         if max(starts) + tokens > self.max_len:
             raise ValueError(f"{max(starts)} + {tokens} tokens do not fit into {self.max_len} positions")
-        self._lengths[first:stop] = [start + tokens for start in starts]
-        return Batch(self, first, self._ids[first:stop], starts, tokens)
+        wanted = [panels(start + tokens) - len(self._tables[id]) for id, start in zip(ids, starts, strict=True)]
+        if (needed := sum(wanted)) > (free := len(self._free)):
+            raise RuntimeError(f"{needed} more pages needed, {free} of {self.pages} free; remove a request first")
+        for id, start, count in zip(ids, starts, wanted, strict=True):
+            self._tables[id] += (self._free.pop() for _ in range(count))
+            self._lengths[id] = start + tokens
+        return Batch(self, list(ids), [self._tables[id] for id in ids], starts, tokens)
 
 
 class Batch:
     """One forward pass over some requests; the ``Cache`` that the model asks for.
 
     ids        the requests, in the order of the pass's rows
-    slots      (B,) int64: the cache's row of each
+    table      (B, P) int32: the pages of each, in order; what one has fewer is filled up with its first
     positions  (B, T) int64, of the new tokens
     """
 
-    def __init__(self, cache: KVCache, first: int, ids: list[int], starts: list[int], tokens: int) -> None:
+    rounds = True
+
+    def __init__(self, cache: KVCache, ids: list[int], tables: list[list[int]], starts: list[int], tokens: int) -> None:
         self.ids = ids
         self.positions = torch.tensor(starts)[:, None] + torch.arange(tokens)  # (B, T)
-        self.slots = torch.arange(first, first + len(ids))  # (B,)
         self._cache, self._seen = cache, max(starts) + tokens
         self._level = len(set(starts)) == 1  # all rows at the same place
+        width = panels(self._seen)
+        filled = [pages + pages[:1] * (width - len(pages)) for pages in tables]
+        self.table = torch.tensor(filled, dtype=torch.int32)  # (B, P)
 
     # What follows is for ``update``: a step of our own kernel needs none of it.
 
     @cached_property
-    def _rows(self) -> slice:
-        return slice(int(self.slots[0]), int(self.slots[-1]) + 1)
+    def _pages(self) -> Tensor:
+        return self.table.long().gather(1, self.positions // PANEL)  # (B, T)
 
     @cached_property
     def _masks(self) -> list[Tensor | None]:
@@ -138,13 +215,11 @@ class Batch:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keep a layer's new keys and values (B, kv_heads, T, head_dim) and give all so far, T become S."""
-        keys = self._cache.keys[layer, self._rows, :, : panels(self._seen)]  # (B, kv_heads, panels, head_dim, PANEL)
-        values = self._cache.values[layer, self._rows, :, : self._seen]  # (B, kv_heads, S, head_dim)
-        rows, at = torch.arange(len(self.ids))[:, None], self.positions  # (B, 1), (B, T)
-        keys[rows, :, at // PANEL, :, at % PANEL] = k.transpose(1, 2).to(keys.dtype)  # (B, T, kv_heads, head_dim)
-        values[rows, :, at] = v.transpose(1, 2).to(values.dtype)
-        whole = keys.transpose(-1, -2).flatten(2, 3)[:, :, : self._seen]  # (B, kv_heads, S, head_dim)
-        return whole.to(k.dtype), values.to(v.dtype), self._masks[layer]
+        whole = []
+        for store, new in ((self._cache.keys, k), (self._cache.values, v)):
+            store.write(layer, self._pages, self.positions % PANEL, new.transpose(1, 2))
+            whole.append(store.read(layer, self.table, new.dtype)[:, :, : self._seen])  # (B, kv_heads, S, head_dim)
+        return whole[0], whole[1], self._masks[layer]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

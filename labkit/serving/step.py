@@ -11,10 +11,11 @@ from labkit.kernels import best, build
 from labkit.kernels.native_cpu import NativeCpu, settle
 from labkit.models.llama import MLP, Block, Linear, Llama, RMSNorm
 from labkit.models.rotate import Rotation
-from labkit.quant import QuantizedTensor, hadamard, hadamard_block
-from labkit.serving.kv_cache import Batch, KVCache
+from labkit.quant import Blocks, QuantizedTensor, hadamard, hadamard_block
+from labkit.serving.kv_cache import Batch, KVCache, Store
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
+_FORMATS = [torch.float32, torch.float16, torch.bfloat16]  # of native/pages.h; then bytes and half bytes
 
 
 class _Turn(ctypes.Structure):
@@ -43,11 +44,18 @@ class _Model(ctypes.Structure):
     ]
 
 
+class _Kept(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("codes", "scale", "zero")),
+        *((name, _LONG) for name in ("pages", "width")),
+        *((name, ctypes.c_int32) for name in ("format", "scale_format", "lowest", "highest")),
+    ]
+
+
 class _Cache(ctypes.Structure):
     _fields_ = [
-        *((name, _POINTER) for name in ("keys", "values")),
-        *((name, _LONG) for name in ("slots", "panels", "length")),
-        ("half", ctypes.c_int32),
+        ("keys", _Kept),
+        ("values", _Kept),
     ]
 
 
@@ -65,8 +73,6 @@ class Step:
         """What keeps this model from being stepped so, or None where nothing does."""
         if type(model) is not Llama:
             return f"{type(model).__name__} may have a pass of its own"
-        if model.kv.key != model.kv.value:
-            return f"it keeps keys and values alike, found {model.kv}"
         for name, module in model.named_modules():
             if isinstance(module, Linear):
                 reason = _why_not(module)
@@ -98,10 +104,7 @@ class Step:
             config.norm_eps, self._address(model.inverse_frequencies), self._address(model.model.norm.weight),
             ctypes.addressof(layers), self._weight(model.lm_head), self._turn(model.model.leave, config.hidden_size),
         )  # fmt: skip
-        self._cache = _Cache(
-            cache.keys.data_ptr(), cache.values.data_ptr(), *cache.keys.shape[1:4:2], cache.max_len,
-            cache.keys.dtype == torch.float16,
-        )
+        self._cache = _Cache(_kept(cache.keys), _kept(cache.values))
         # Of float32 weights torch's own product is faster where rows are many.
         blocks = [module for module in model.blocks.modules() if isinstance(module, Linear)]
         self.reads = all(isinstance(linear.weight, QuantizedTensor) for linear in blocks)
@@ -112,12 +115,12 @@ class Step:
         count, length = tokens.shape
         x = self._enter(self._embedding[tokens]).contiguous()  # (B, T, hidden)
         logits = torch.empty(count, self._vocab)
-        slots = batch.slots.repeat_interleave(length)  # (B * T,)
         positions = batch.positions.contiguous()  # (B, T)
         wanted = torch.arange(length - 1, tokens.numel(), length)  # (B,): each request's last row
         self._library.labkit_step(
-            ctypes.byref(self._model), ctypes.byref(self._cache), slots.data_ptr(), positions.data_ptr(),
-            x.data_ptr(), tokens.numel(), wanted.data_ptr(), count, logits.data_ptr(), torch.get_num_threads(),
+            ctypes.byref(self._model), ctypes.byref(self._cache), batch.table.data_ptr(), batch.table.shape[1],
+            positions.data_ptr(), x.data_ptr(), tokens.numel(), wanted.data_ptr(), count, logits.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return logits
 
@@ -168,6 +171,18 @@ class Step:
         found = linear.prepared.native()
         found.bias = bias
         return found
+
+
+def _kept(store: Store) -> _Kept:
+    codes, pages, spec = store.codes.data_ptr(), store.codes.shape[1], store.format
+    if isinstance(spec, torch.dtype):
+        return _Kept(codes, None, None, pages, store.size, _FORMATS.index(spec))
+    assert store.scale is not None
+    zero = None if store.zero is None else store.zero.data_ptr()
+    width = Blocks((1, store.size), spec.block).size[1]
+    format = len(_FORMATS) + (spec.bits <= 4)
+    scale = _FORMATS.index(store.scale.dtype)
+    return _Kept(codes, store.scale.data_ptr(), zero, pages, width, format, scale, *spec.code_range)
 
 
 def _why_not(linear: Linear) -> str | None:

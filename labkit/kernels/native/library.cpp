@@ -42,9 +42,8 @@ float labkit_sum(const float* x, long count, int threads) {
 }
 
 // New tokens of some sequences: see step.h.
-void labkit_step(const Model* model, const Cache* cache, const int64_t* slots, const int64_t* positions, float* x, long rows,
-                 const int64_t* wanted, long count, float* logits, int threads) {
-    const auto run = cache->half ? step<uint16_t> : step<float>;
-    run(*model, *cache, slots, positions, x, rows, wanted, count, logits, threads);
+void labkit_step(const Model* model, const Cache* cache, const int32_t* table, long pages, const int64_t* positions, float* x,
+                 long rows, const int64_t* wanted, long count, float* logits, int threads) {
+    step(*model, *cache, table, pages, positions, x, rows, wanted, count, logits, threads);
 }
 }

@@ -12,6 +12,7 @@
 #include <optional>
 #include <thread>
 
+#include "pages.h"
 #include "product.h"
 
 namespace {
@@ -43,10 +44,7 @@ struct Model {
 };
 
 struct Cache {
-    void* keys;    // (layers, slots, kv_heads, panels, head_dim, 16): keys 0 to 15 number by number, then the next
-    void* values;  // (layers, slots, kv_heads, length, head_dim)
-    int64_t slots, panels, length;
-    int32_t half;  // they are float16, else float32
+    Kept keys, values;
 };
 
 // Where the threads of a step wait for each other. OpenMP's own barrier puts threads to sleep as soon as the process has more
@@ -125,59 +123,99 @@ struct Query {
 
 constexpr int QUERIES = 4;  // that share what is loaded of keys and values
 
-// scores (COUNT, stride): the queries times the keys of panels from..to, each of which is (size, 16).
+// scores (COUNT, stride): the queries times the keys of the pages that stand in table from..to.
 template <int COUNT, class Stored>
-void multiply_keys(const Query* queries, const Stored* keys, long from, long to, long size, float* scores, long stride) {
+void multiply_keys(const Query* queries, const Pages& keys, const int32_t* table, long from, long to, float* scores, long stride) {
     constexpr int SUMS = sums_of(COUNT);
-    const Floats scale = all(1 / std::sqrt(float(size)));
-    for (long panel = from; panel <= to; panel++) {
-        Floats sum[COUNT][SUMS];
-        for (auto& row : sum)
-            for (auto& one : row) one = zeros();
-        const Stored* key = keys + panel * size * LANES;
-        long i = 0;
-        const auto multiply_by = [&](int which) {
-            fetch_ahead(key + i * LANES, LANES * sizeof(Stored));
-            const Floats numbers = load(key + i * LANES);
-            for (int j = 0; j < COUNT; j++) sum[j][which] = multiply_add(numbers, all(queries[j].numbers[i]), sum[j][which]);
-            i++;
-        };
-        while (i + SUMS <= size)
-            for (int which = 0; which < SUMS; which++) multiply_by(which);
-        while (i < size) multiply_by(0);
-        for (int j = 0; j < COUNT; j++) {
-            for (int which = 1; which < SUMS; which++) sum[j][0] = add(sum[j][0], sum[j][which]);
-            store(scores + j * stride + panel * LANES, multiply(sum[j][0], scale));
+    const Floats factor = all(1 / std::sqrt(float(keys.size)));
+    const long ahead = keys.ahead<Stored>();
+    for (long p = from; p <= to; p++) {
+        const uint8_t *page = keys.codes<Stored>(table[p]), *next = keys.codes<Stored>(table[std::min(p + ahead, to)]);
+        Floats total[COUNT];
+        for (auto& one : total) one = zeros();
+        for (long i = 0, group = 0; i < keys.size; group++) {
+            const long end = std::min(keys.size, i + keys.width);
+            const Floats offset = Stored::CODES ? keys.offset(table[p], group) : zeros();
+            Floats sum[COUNT][SUMS];
+            for (auto& row : sum)
+                for (auto& one : row) one = zeros();
+            const auto multiply_by = [&](int which) {
+                fetch(next + i * 2 * Stored::BITS);
+                Floats numbers = Stored::load(page, i);
+                if (Stored::CODES) numbers = add(numbers, offset);
+                for (int j = 0; j < COUNT; j++) sum[j][which] = multiply_add(numbers, all(queries[j].numbers[i]), sum[j][which]);
+                i++;
+            };
+            while (i + SUMS <= end)
+                for (int which = 0; which < SUMS; which++) multiply_by(which);
+            while (i < end) multiply_by(0);
+            const Floats scale = Stored::CODES ? keys.scale(table[p], group) : all(1);
+            for (int j = 0; j < COUNT; j++) {
+                for (int which = 1; which < SUMS; which++) sum[j][0] = add(sum[j][0], sum[j][which]);
+                total[j] = multiply_add(sum[j][0], scale, total[j]);
+            }
+        }
+        for (int j = 0; j < COUNT; j++) store(scores + j * stride + p * LANES, multiply(total[j], factor));
+    }
+}
+
+// Adds to the sums (size, COUNT, 16), of which each lane has those of its own tokens: the values of the PAGES pages that stand in
+// table from p on, each times its weight of (COUNT, stride). `last` is the last page that will be wanted.
+template <int COUNT, int PAGES, class Stored>
+void mix_values(const Pages& values, const int32_t* table, long p, long last, const float* weights, long stride, float* sums) {
+    const uint8_t *page[PAGES], *next[PAGES];
+    const long ahead = values.ahead<Stored>();
+    for (int k = 0; k < PAGES; k++) {
+        page[k] = values.codes<Stored>(table[p + k]);
+        next[k] = values.codes<Stored>(table[std::min(p + k + ahead, last)]);
+    }
+    for (long i = 0, group = 0; i < values.size; group++) {
+        Floats weight[PAGES][COUNT], offset[PAGES];
+        for (int k = 0; k < PAGES; k++) {
+            for (int j = 0; j < COUNT; j++) {
+                weight[k][j] = load(weights + j * stride + (p + k) * LANES);
+                if (Stored::CODES) weight[k][j] = multiply(weight[k][j], values.scale(table[p + k], group));
+            }
+            if (Stored::CODES) offset[k] = values.offset(table[p + k], group);
+        }
+        for (const long end = std::min(values.size, i + values.width); i < end; i++) {
+            Floats sum[COUNT];
+            for (int j = 0; j < COUNT; j++) sum[j] = load(sums + (i * COUNT + j) * LANES);
+            for (int k = 0; k < PAGES; k++) {
+                fetch(next[k] + i * 2 * Stored::BITS);
+                Floats numbers = Stored::load(page[k], i);
+                if (Stored::CODES) numbers = add(numbers, offset[k]);
+                for (int j = 0; j < COUNT; j++) sum[j] = multiply_add(numbers, weight[k][j], sum[j]);
+            }
+            for (int j = 0; j < COUNT; j++) store(sums + (i * COUNT + j) * LANES, sum[j]);
         }
     }
 }
 
-// Writes VECTORS * 16 numbers of each query's result: the sums of its weights, (COUNT, stride), times rows from..to of values, of
-// which one is `size` long, times its factor.
-template <int COUNT, int VECTORS, class Stored>
-void mix_values(const Query* queries, const float* weights, long stride, const Stored* values, long from, long to, long size,
-                const float* factors, long at) {
-    Floats sum[COUNT][VECTORS];
-    for (auto& row : sum)
-        for (auto& one : row) one = zeros();
-    for (long s = from; s <= to; s++) {
-        const Stored* value = values + s * size + at;
-        fetch_ahead(value, VECTORS * LANES * sizeof(Stored));
-        Floats numbers[VECTORS];
-        for (int i = 0; i < VECTORS; i++) numbers[i] = load(value + i * LANES);
-        for (int j = 0; j < COUNT; j++)
-            for (int i = 0; i < VECTORS; i++) sum[j][i] = multiply_add(all(weights[j * stride + s]), numbers[i], sum[j][i]);
-    }
-    for (int j = 0; j < COUNT; j++)
-        for (int i = 0; i < VECTORS; i++) store(queries[j].out + at + i * LANES, multiply(sum[j][i], all(factors[j])));
-}
+// Keys and values of one head as one sequence's attention finds them.
+struct Seen {
+    const Cache& cache;
+    const Pages keys, values;
+    const int32_t* table;  // the sequence's pages, in order
+};
 
-// Attention of COUNT queries over one head's keys, in panels of 16, and values (length, size). scores is room for (COUNT, stride).
-template <int COUNT, class Stored>
-void attend(const Query* queries, const Stored* keys, const Stored* values, long size, float* scores, long stride) {
+// Room for the scores of QUERIES queries, (QUERIES, stride), and for the sums of values that belong to them.
+struct Room {
+    const long stride;
+    std::vector<float> scores, sums;
+    Room(long pages, long size) : stride(pages * LANES), scores(QUERIES * stride), sums(QUERIES * size * LANES) {}
+};
+
+template <int COUNT>
+void attend(const Query* queries, const Seen& seen, Room& room) {
+    const long size = seen.keys.size, stride = room.stride;
+    float *scores = room.scores.data(), *sums = room.sums.data();
     long from = queries[0].first, to = queries[0].last;
     for (int j = 1; j < COUNT; j++) from = std::min(from, queries[j].first), to = std::max(to, queries[j].last);
-    multiply_keys<COUNT>(queries, keys, from / LANES, to / LANES, size, scores, stride);
+    from /= LANES, to /= LANES;
+    with_format(seen.cache.keys.format, [&](auto stored) {
+        multiply_keys<COUNT, decltype(stored)>(queries, seen.keys, seen.table, from, to, scores, stride);
+    });
     float factors[COUNT];
     for (int j = 0; j < COUNT; j++) {
         float *score = scores + j * stride, largest = -INFINITY, sum = 0;
@@ -186,26 +224,26 @@ void attend(const Query* queries, const Stored* keys, const Stored* values, long
         for (long s = first; s <= last; s++) largest = std::max(largest, score[s]);
 #pragma omp simd reduction(+ : sum)
         for (long s = first; s <= last; s++) sum += score[s] = exp_of(score[s] - largest);
-        std::fill(score + from, score + first, 0);  // what another of them sees and it does not
-        std::fill(score + last + 1, score + to + 1, 0);
+        std::fill(score + from * LANES, score + first, 0);  // what others see and it does not, or nobody
+        std::fill(score + last + 1, score + (to + 1) * LANES, 0);
         factors[j] = 1 / sum;
     }
-    long at = 0;
-    for (; at + 4 * LANES <= size; at += 4 * LANES) mix_values<COUNT, 4>(queries, scores, stride, values, from, to, size, factors, at);
-    for (; at + LANES <= size; at += LANES) mix_values<COUNT, 1>(queries, scores, stride, values, from, to, size, factors, at);
-    for (; at < size; at++)
-        for (int j = 0; j < COUNT; j++) {
-            float sum = 0;
-            for (long s = from; s <= to; s++) sum += scores[j * stride + s] * number(values[s * size + at]);
-            queries[j].out[at] = sum * factors[j];
-        }
+    std::fill(sums, sums + size * COUNT * LANES, 0);
+    with_format(seen.cache.values.format, [&](auto stored) {
+        long p = from;
+        for (; p + 4 <= to + 1; p += 4)
+            mix_values<COUNT, 4, decltype(stored)>(seen.values, seen.table, p, to, scores, stride, sums);
+        for (; p <= to; p++) mix_values<COUNT, 1, decltype(stored)>(seen.values, seen.table, p, to, scores, stride, sums);
+    });
+    for (int j = 0; j < COUNT; j++)
+        for (long i = 0; i < size; i++) queries[j].out[i] = sum_of(load(sums + (i * COUNT + j) * LANES)) * factors[j];
 }
 
-template <class Stored, int COUNT = QUERIES>
-void attend(int count, const Query* queries, const Stored* keys, const Stored* values, long size, float* scores, long stride) {
+template <int COUNT = QUERIES>
+void attend(int count, const Query* queries, const Seen& seen, Room& room) {
     if constexpr (COUNT > 0) {
-        if (count < COUNT) attend<Stored, COUNT - 1>(count, queries, keys, values, size, scores, stride);
-        else attend<COUNT>(queries, keys, values, size, scores, stride);
+        if (count < COUNT) attend<COUNT - 1>(count, queries, seen, room);
+        else attend<COUNT>(queries, seen, room);
     }
 }
 
@@ -216,27 +254,24 @@ struct Share {
     int count;
 };
 
-inline std::vector<Share> shares_of(const int64_t* slots, long rows, long kv_heads, long group) {
+inline std::vector<Share> shares_of(long rows, long each, long kv_heads, long group) {
     std::vector<Share> shares;
-    for (long row = 0, end; row < rows; row = end) {
-        for (end = row + 1; end < rows && slots[end] == slots[row];) end++;
-        for (long first = 0; first < (end - row) * group; first += QUERIES)
+    for (long row = 0; row < rows; row += each)
+        for (long first = 0; first < each * group; first += QUERIES)
             for (long head = 0; head < kv_heads; head++)
-                shares.push_back({row, head, first, int(std::min<long>(QUERIES, (end - row) * group - first))});
-    }
+                shares.push_back({row, head, first, int(std::min<long>(QUERIES, each * group - first))});
     return shares;
 }
 
-// x (rows, hidden): the new tokens' embeddings on the way in. Row r continues the sequence in slot slots[r] of the cache, where
-// its token stands at positions[r]. logits (count, vocab) of the rows wanted[0], wanted[1], ...
-template <class Stored>
-void step(const Model& model, const Cache& cache, const int64_t* slots, const int64_t* positions, float* x, long rows,
-          const int64_t* wanted, long count, float* logits, int threads) {
-    Stored *const all_keys = (Stored*)cache.keys, *const all_values = (Stored*)cache.values;
+// x (rows, hidden): the new tokens' embeddings on the way in, of `count` sequences as many each, whose pages stand in table (count,
+// pages). Row r's token stands at positions[r] of its sequence. logits (count, vocab) of the rows wanted[0], wanted[1], ...
+inline void step(const Model& model, const Cache& cache, const int32_t* table, long pages, const int64_t* positions, float* x,
+                 long rows, const int64_t* wanted, long count, float* logits, int threads) {
     const long hidden = model.hidden, size = model.head_dim, half = size / 2, group = model.heads / model.kv_heads;
     const long q_size = model.heads * size, kv_size = model.kv_heads * size;
     std::vector<float> q(rows * q_size), k(rows * kv_size), v(rows * kv_size), mixed(rows * q_size);
-    const std::vector<Share> shares = shares_of(slots, rows, model.kv_heads, group);
+    const long each = rows / count;
+    const std::vector<Share> shares = shares_of(rows, each, model.kv_heads, group);
     std::optional<Barrier> barrier;
     std::vector<float> inner(rows * model.intermediate), cos(rows * half), sin(rows * half);
     for (long i = 0; i < rows * half; i++) {
@@ -249,8 +284,8 @@ void step(const Model& model, const Cache& cache, const int64_t* slots, const in
         const long parts = omp_get_num_threads(), part = omp_get_thread_num();
 #pragma omp single
         barrier.emplace(parts);
-        const long stride = cache.panels * LANES;
-        std::vector<float> normed(rows * hidden), scores(QUERIES * stride);
+        std::vector<float> normed(rows * hidden);
+        Room room(pages, size);
         Input input;
         const float* last = nullptr;
         const auto norm = [&](const float* weight) {
@@ -285,20 +320,22 @@ void step(const Model& model, const Cache& cache, const int64_t* slots, const in
             share(layer.k, nullptr, rows, into(k.data(), kv_size));
             share(layer.v, nullptr, rows, into(v.data(), kv_size));
             barrier->wait();
-            const auto keys_of = [&](long m, long h) {  // where the cache has what row m sees with its head h
-                return all_keys + ((l * cache.slots + slots[m]) * model.kv_heads + h) * stride * size;
+            const auto seen_by = [&](long m, long h) {  // what row m sees with its head h
+                const auto pages_of = [&](const Kept& kept) { return Pages(kept, l, model.kv_heads, h, size); };
+                return Seen{cache, pages_of(cache.keys), pages_of(cache.values), table + m / each * pages};
             };
-            const auto values_of = [&](long m, long h) {
-                return all_values + ((l * cache.slots + slots[m]) * model.kv_heads + h) * cache.length * size;
+            const auto keep = [&](const Kept& kept, const Pages& pages, int32_t page, long lane, const float* x) {
+                with_format(kept.format, [&](auto stored) { pages.keep<decltype(stored)>(page, lane, x); });
             };
             for (long unit = part; unit < rows * model.kv_heads; unit += parts) {
                 const long m = unit / model.kv_heads, h = unit % model.kv_heads, at = positions[m];
                 float* key = &k[m * kv_size + h * size];
                 if (layer.k_norm) rms_norm(key, layer.k_norm, size, model.eps, key);
                 rotate(key, &cos[m * half], &sin[m * half], half);
-                Stored* panel = keys_of(m, h) + at / LANES * LANES * size;
-                for (long i = 0; i < size; i++) keep(key + i, 1, panel + i * LANES + at % LANES);
-                keep(&v[m * kv_size + h * size], size, values_of(m, h) + at * size);
+                const Seen seen = seen_by(m, h);
+                const int32_t page = seen.table[at / LANES];
+                keep(cache.keys, seen.keys, page, at % LANES, key);
+                keep(cache.values, seen.values, page, at % LANES, &v[m * kv_size + h * size]);
             }
             barrier->wait();
             for (size_t unit = part; unit < shares.size(); unit += parts) {
@@ -312,8 +349,7 @@ void step(const Model& model, const Cache& cache, const int64_t* slots, const in
                     const long first = layer.window ? std::max<long>(0, positions[m] - layer.window + 1) : 0;
                     queries[j] = {query, first, positions[m], &mixed[m * q_size + i * size]};
                 }
-                attend<Stored>(some.count, queries, keys_of(some.row, some.head), values_of(some.row, some.head), size,
-                               scores.data(), stride);
+                attend(some.count, queries, seen_by(some.row, some.head), room);
             }
             barrier->wait();
             share(layer.o, mixed.data(), rows, onto_x);

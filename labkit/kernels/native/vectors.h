@@ -182,13 +182,8 @@ inline int32_t four(const int8_t* p) {
     return bytes;
 }
 
-// Single numbers as they are kept: float32 or float16, to the nearest, halves to even.
 inline float number(float x) { return x; }
-inline float number(uint16_t x) { return _cvtsh_ss(x); }
-inline void keep(const float* x, long size, float* kept) { std::memcpy(kept, x, size * sizeof(float)); }
-inline void keep(const float* x, long size, uint16_t* kept) {
-    for (long i = 0; i < size; i++) kept[i] = _cvtss_sh(x[i], _MM_FROUND_TO_NEAREST_INT);
-}
+inline float number(uint16_t float16) { return _cvtsh_ss(float16); }
 
 // Asks for what is read soon, where `bytes` of it are read now. The processor guesses too, but no further than to the end of a
 // page, and too late: with this, weights come out of memory half again as fast.
@@ -196,6 +191,8 @@ inline void fetch_ahead(const void* now, long bytes) {
     constexpr long AHEAD = 12 << 10, LINE = 64;
     for (long i = 0; i < bytes; i += LINE) _mm_prefetch((const char*)now + AHEAD + i, _MM_HINT_T0);
 }
+
+inline void fetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 // dot: sum + the four bytes of each lane, 0 to 15, times the four of x, -127 to 127. dot_signed: bytes from -128 to 127,
 // to each of which BELOW was added, so that BELOW times the sum of x's bytes is still to be taken off.

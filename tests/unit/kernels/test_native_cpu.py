@@ -372,18 +372,20 @@ def test_no_byte_outside_its_buffers_is_touched(march: str, tmp_path: Path) -> N
                     grid = QuantSpec.parse("int8 g16 narrow scale=fp32")
                     NativeCpu(weight(text, out, inputs), grid)(torch.randn(rows, inputs))
     from labkit import models
+    from labkit.models.kv import KVSpec
     from labkit.serving.kv_cache import KVCache
     from labkit.serving.step import Step
     for recipe in (None, "w3a16-gptq-g64-actorder", "w4a8-rtn-g32", "w4a16-rotate-rtn-g64"):
         model = models.load("tiny") if recipe is None else models.quantize(models.load("tiny"), recipe)
-        cache = KVCache(model.config, max_batch=2, max_len=8)
-        step = Step(model, cache)
-        for sequence in (0, 1):
-            cache.add(sequence)
-        for at in range(8):
-            step(torch.tensor([[at], [at]]), cache.batch([0, 1], 1))
-        cache.remove(0), cache.add(0)
-        step(torch.arange(8)[None], cache.batch([0], 8))
+        for kv in (KVSpec(), KVSpec("fp16", "bf16"), KVSpec("int8 channel asym", "int4 g6")):
+            cache = KVCache(model.config, max_batch=2, max_len=20, kv=kv)
+            step = Step(model, cache)
+            for sequence in (0, 1):
+                cache.add(sequence)
+            for at in range(20):
+                step(torch.tensor([[at], [at]]), cache.batch([0, 1], 1))
+            cache.remove(0), cache.add(0)
+            step(torch.arange(20)[None], cache.batch([0], 20))
     print("clean")
     """  # fmt: skip
     settings = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}

@@ -49,7 +49,7 @@ def test_only_distances_matter(tokens: torch.Tensor) -> None:
 
 
 def test_keys_and_values_are_rounded_where_they_are_kept(tokens: torch.Tensor) -> None:
-    """A cache that looks at what it is given sees numbers that fp16 holds, of the one that is asked for."""
+    """A cache that does not round itself sees numbers that fp16 holds, of the one that is asked for."""
 
     class Seen(WholeText):
         def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):  # type: ignore[no-untyped-def]

@@ -86,6 +86,11 @@ def test_the_expansion_says_what_is_rounded() -> None:
     assert "activations are quantized where a rule names their input" in text
     assert "kv: {key: fp16, value: fp16}  # what keys and values are kept in" in text
     assert Recipe.parse(text).kv == KVSpec("fp16", "fp16") and str(Recipe.parse(text)) == text
+    text = text.replace("value: fp16", "value: int4  g32  asym")
+    again = str(Recipe.parse(text))
+    assert "kv: {key: fp16, value: int4 g32 asym}  #" in again
+    assert Recipe.parse(again).kv == Recipe.parse(text).kv == KVSpec("fp16", "int4 g32 asym")
+    assert Recipe.from_dict(Recipe.parse(text).to_dict()) == Recipe.parse(text)
 
 
 def test_the_first_rule_that_matches_wins() -> None:
@@ -211,7 +216,7 @@ def test_the_expansion_takes_defaults_from_the_method(monkeypatch: pytest.Monkey
         ("rules: [{match: '*', weight: int4 g64, method: rtn, input: int9}]", "rule 1: .*int9"),
         ("rules: [{match: '*', weight: int4 g64, method: rtn, input: int8 tensor}]", "tokens of different texts"),
         ("rules: [{match: '*', weight: int4 g64, method: rtn, input: int8 b64}]", "tokens of different texts"),
-        ("kv: {key: fp8}\nrules: [{match: '*', weight: keep}]", "kv.key must be one of fp32, fp16, found 'fp8'"),
+        ("kv: {key: fp8}\nrules: [{match: '*', weight: keep}]", "kv.key must be one of fp32, fp16, bf16 or a spec"),
         ("kv: {keys: fp16}\nrules: [{match: '*', weight: keep}]", "kv: unknown key 'keys'"),
     ],
 )

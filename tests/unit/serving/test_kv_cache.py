@@ -7,9 +7,17 @@ import torch
 
 from labkit.models.config import ModelConfig
 from labkit.models.kv import KVSpec
-from labkit.serving.kv_cache import KVCache
+from labkit.models.memory import kv_bytes
+from labkit.serving.kv_cache import PANEL, KVCache, panels
 
 WINDOWS = (None, 5)
+FORMATS = [
+    KVSpec(),
+    KVSpec("fp16", "bf16"),
+    KVSpec("int8 channel", "fp16"),
+    KVSpec("int8 g4 asym scale=fp32", "int4 channel"),
+    KVSpec("int4 g4 asym", "int3 g5 narrow scale=bf16"),
+]
 
 
 def config(layers: int = 2, windows: tuple[int | None, ...] = WINDOWS, **other: int) -> ModelConfig:
@@ -27,8 +35,8 @@ def config(layers: int = 2, windows: tuple[int | None, ...] = WINDOWS, **other: 
 class Referee:
     """What each request wrote, in plain lists; attention over it written out as its formula."""
 
-    def __init__(self, cache: KVCache) -> None:
-        self.cache = cache
+    def __init__(self, cache: KVCache, kv: KVSpec = KVSpec()) -> None:  # noqa: B008
+        self.cache, self.kv = cache, kv
         self.keys: dict[int, list[list[torch.Tensor]]] = {}
         self.values: dict[int, list[list[torch.Tensor]]] = {}
 
@@ -43,7 +51,7 @@ class Referee:
     def step(self, ids: list[int], tokens: int) -> None:
         """Append random keys and values, attend with random queries, and compare with the formula."""
         batch = self.cache.batch(ids, tokens)
-        assert sorted(batch.ids) == sorted(ids)
+        assert batch.ids == ids
         c = self.cache.config
         before = {id: len(self.keys[id][0]) for id in ids}
         expected = [[before[id] + t for t in range(tokens)] for id in batch.ids]
@@ -52,8 +60,9 @@ class Referee:
             k, v = torch.randn(2, len(ids), c.kv_heads, tokens, c.head_dim)
             q = torch.randn(len(ids), c.kv_heads, tokens, c.head_dim)
             for row, id in enumerate(batch.ids):
-                self.keys[id][layer] += k[row].unbind(1)  # (kv_heads, head_dim) each
-                self.values[id][layer] += v[row].unbind(1)
+                for t in range(tokens):  # by itself: a token's scales are its own
+                    kept_k, kept_v = self.kv.round(k[row, :, t], v[row, :, t])  # (kv_heads, head_dim)
+                    self.keys[id][layer].append(kept_k), self.values[id][layer].append(kept_v)
             keys, values, mask = batch.update(layer, k, v)
             got = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
             for row, id in enumerate(batch.ids):
@@ -79,29 +88,69 @@ def test_requests_of_different_lengths_see_their_own_past_and_nothing_else():
     assert referee.cache.tokens == 32
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_joining_and_leaving_in_any_order(seed: int):
+@pytest.mark.parametrize("kv", FORMATS, ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_joining_growing_and_leaving_in_any_order(seed: int, kv: KVSpec):
+    """A pool of 8 pages for 4 requests of up to 3: what is left over is taken again, and too little changes nothing."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    referee = Referee(KVCache(config(), max_batch=4, max_len=24))
-    lengths: dict[int, int] = {}
-    for id in range(25):
-        while len(lengths) == 4 or (lengths and rng.random() < 0.3):
+    cache = KVCache(config(head_dim=10), max_batch=4, max_len=40, kv=kv, pages=8)
+    referee, lengths = Referee(cache, kv), dict[int, int]()
+    seen, most, refused, id = set[int](), 0, 0, 0
+    for _ in range(60):
+        if lengths and rng.random() < 0.25:
             gone = rng.choice(list(lengths))
             referee.remove(gone)
             del lengths[gone]
-        lengths[id] = rng.randint(1, 12)
-        referee.add(id)
-        referee.step([id], lengths[id])
-        if max(lengths.values()) < 24:
-            referee.step(list(lengths), 1)
-            lengths = {id: n + 1 for id, n in lengths.items()}
-        assert len(referee.cache) == len(lengths)
-        assert referee.cache.tokens == sum(lengths.values())
+        if len(lengths) < 4 and rng.random() < 0.5:
+            referee.add(id)
+            lengths[id], id = 0, id + 1
+        tokens = rng.choice([1, 1, 2, 15, 16, 17])
+        able = [i for i, length in lengths.items() if length + tokens <= 40]
+        if not able:
+            continue
+        some = rng.sample(able, rng.randint(1, len(able)))
+        after = {i: length + tokens * (i in some) for i, length in lengths.items()}
+        if sum(map(panels, after.values())) > 8:
+            with pytest.raises(RuntimeError, match="more pages needed"):
+                cache.batch(some, tokens)
+            refused += 1
+        else:
+            referee.step(some, tokens)
+            lengths = after
+        assert {i: cache.length(i) for i in lengths} == lengths and cache.tokens == sum(lengths.values())
+        held = [cache.batch([i], 0).table[0, : panels(length)].tolist() for i, length in lengths.items() if length]
+        pages = [page for table in held for page in table]
+        assert len(pages) == len(set(pages)), "two requests share a page"
+        seen, most = seen | set(pages), max(most, len(pages))
+    assert refused and most == 8 and len(seen) == 8
+
+
+def test_what_is_freed_is_taken_before_what_was_never_written():
+    cache = KVCache(config(), max_batch=4, max_len=64)
+    tables = []
+    for id in range(9):
+        cache.add(id)
+        tables += cache.batch([id], 40).table[0].tolist()
+        if id % 2:
+            cache.remove(id), cache.remove(id - 1)
+    assert set(tables) == set(range(6))
+
+
+@pytest.mark.parametrize("kv", FORMATS, ids=str)
+def test_it_says_how_many_bytes_a_position_takes(kv: KVSpec):
+    for head_dim in (6, 10, 64):
+        small = config(head_dim=head_dim)
+        cache = KVCache(small, max_batch=3, max_len=20, kv=kv)
+        assert cache.position_bytes == kv_bytes(small, 1, kv.bits(head_dim))
+        assert cache.pages == 6 and cache.position_bytes * 6 * PANEL == cache.keys.nbytes + cache.values.nbytes
+    wide = config(1, (None,), head_dim=64)
+    sizes = {"fp32": 1024, "bf16": 512, "int8 channel": 264, "int4 g32": 144, "int4 g32 asym": 152}
+    for name, expected in sizes.items():
+        assert KVCache(wide, max_batch=1, max_len=16, kv=KVSpec(name, name)).position_bytes == expected
 
 
 def test_in_fp16_what_fits_comes_back_as_it_was():
-    """A model rounds keys and values before it hands them over: the cache in fp16 holds them in half the bytes."""
     torch.manual_seed(0)
     halves, floats = (
         KVCache(config(), max_batch=3, max_len=20, kv=kv) for kv in (KVSpec("fp16", "fp16"), KVSpec())
@@ -117,7 +166,7 @@ def test_in_fp16_what_fits_comes_back_as_it_was():
             assert ours is None or (torch.equal(ours, theirs) and ours.dtype == theirs.dtype)
 
 
-def test_rows_of_equal_length_need_no_mask_and_values_are_not_copied():
+def test_rows_of_equal_length_need_no_mask():
     cache = KVCache(config(windows=(None, None)), max_batch=2, max_len=8)
     for id in (0, 1):
         cache.add(id)
@@ -127,7 +176,6 @@ def test_rows_of_equal_length_need_no_mask_and_values_are_not_copied():
         keys, values, mask = batch.update(1, k, k)
     assert mask is None
     assert keys.shape == values.shape == (2, 2, 4, 6) and torch.equal(keys, values)
-    assert values.untyped_storage().data_ptr() == cache.values.untyped_storage().data_ptr()
 
 
 def test_a_request_that_wrote_nan_leaves_nothing_behind():
@@ -138,9 +186,12 @@ def test_a_request_that_wrote_nan_leaves_nothing_behind():
         for layer in (0, 1):
             bad = torch.full((1, 2, tokens, 6), 1.0 if id == 0 else float("nan"))
             batch.update(layer, bad, bad)
+    [mine] = cache.batch([0], 0).table[0].tolist()
     cache.remove(1)
     cache.remove(2)
-    assert cache.keys[:, 1:].count_nonzero() == 0 and cache.values[:, 1:].count_nonzero() == 0
+    for store in (cache.keys, cache.values):
+        others = [page for page in range(cache.pages) if page != mine]
+        assert store.codes[:, others].count_nonzero() == 0 and store.codes[:, mine].count_nonzero() > 0
     cache.add(3)
     cache.batch([3], 5).update(0, torch.ones(1, 2, 5, 6), torch.ones(1, 2, 5, 6))
     keys, values, mask = cache.batch([0, 3], 1).update(0, torch.ones(2, 2, 1, 6), torch.ones(2, 2, 1, 6))
@@ -172,11 +223,21 @@ def test_errors_say_what_is_wrong():
     cache = KVCache(config(), max_batch=3, max_len=4)
     for id in range(3):
         cache.add(id)
-    with pytest.raises(RuntimeError, match="all 3 rows are taken"):
+    with pytest.raises(RuntimeError, match="all 3 places are taken"):
         cache.add(3)
-    with pytest.raises(ValueError, match=r"neighbouring rows, found \[0, 2\]"):
-        cache.batch([0, 2], 1)
+    with pytest.raises(ValueError, match="request 1 is in the cache already"):
+        cache.add(1)
+    with pytest.raises(ValueError, match=r"one row of a batch, found \[0, 2, 0\]"):
+        cache.batch([0, 2, 0], 1)
     cache.batch([1], 3)
     with pytest.raises(ValueError, match=r"3 \+ 2 tokens do not fit into 4"):
         cache.batch([0, 1], 2)
     assert cache.length(1) == 3 and 1 in cache and 3 not in cache
+    small = KVCache(config(), max_batch=2, max_len=32, pages=2)
+    for id in range(2):
+        small.add(id)
+        small.batch([id], 16)
+    with pytest.raises(RuntimeError, match="1 more pages needed, 0 of 2 free"):
+        small.batch([0], 1)
+    small.remove(1)
+    assert small.batch([0], 1).positions.tolist() == [[16]]
