@@ -31,23 +31,30 @@ def panels(length: int) -> int:
 class Store:
     """The keys, or the values, of all pages in one format: a dtype, or a grid whose codes are kept.
 
-    codes  (layers, pages, kv_heads, rows, PANEL): row i has number i of the page's tokens. Codes are bytes, counted
-           from the lowest; of up to 4 bits, row i has number 2i in its lower half and number 2i + 1 in its upper
-    scale  (layers, pages, kv_heads, groups, PANEL), or None
-    zero   the same of uint8, or None
+    codes   (layers, kv_heads, pages, rows, PANEL): row i has number i of the page's tokens. Codes are bytes, counted
+            from the lowest; of up to 4 bits, row i has number 2i in its lower half and number 2i + 1 in its upper
+    scale   (layers, kv_heads, pages, groups, PANEL), or None
+    zero    the same of uint8, or None
+    stride  0: a page lies in memory number by number. Else token by token, so many numbers from one to the next
     """
 
-    def __init__(self, config: ModelConfig, pages: int, format: torch.dtype | QuantSpec) -> None:
+    def __init__(
+        self, config: ModelConfig, pages: int, format: torch.dtype | QuantSpec, *, by_token: bool
+    ) -> None:
         self.format, self.size = format, config.head_dim
-        shape = config.layers, pages, config.kv_heads
+        self.stride = panels(self.size) * PANEL if by_token else 0
+        shape = config.layers, config.kv_heads, pages
         self.scale = self.zero = None
+        dtype, shared = (format, 1) if isinstance(format, torch.dtype) else (torch.uint8, 1 if format.bits > 4 else 2)
+        rows = self.size // shared  # a head has an even number, for its rotation
+        if by_token:
+            self.codes = _zeros((*shape, PANEL, self.stride // shared), dtype)[..., :rows].transpose(-1, -2)
+        else:
+            self.codes = _zeros((*shape, rows, PANEL), dtype)
         if isinstance(format, torch.dtype):
-            self.codes = _zeros((*shape, self.size, PANEL), format)
             return
         assert isinstance(format.scale, str)
-        rows = self.size if format.bits > 4 else self.size // 2  # a head has an even number, for its rotation
         groups = Blocks((1, self.size), format.block).grid[1]
-        self.codes = _zeros((*shape, rows, PANEL), torch.uint8)
         self.scale = _zeros((*shape, groups, PANEL), formats.SCALE_DTYPES[format.scale])
         if format.zero != "none":
             self.zero = _zeros((*shape, groups, PANEL), torch.uint8)
@@ -63,13 +70,13 @@ class Store:
     def write(self, layer: int, pages: Tensor, lanes: Tensor, x: Tensor) -> None:
         """Keep x (B, T, kv_heads, head_dim) at these pages and places in them, both (B, T)."""
         for part, kept in zip(self.parts, self._kept(x), strict=True):
-            part[layer][pages, :, :, lanes] = kept
+            part[layer][:, pages, :, lanes] = kept
 
     def read(self, layer: int, table: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, kv_heads, P * PANEL, head_dim): what the pages in ``table`` (B, P) hold."""
         # A page is copied as it lies, which is fast, and its tokens become rows afterwards.
-        found = [part[layer].index_select(0, table.flatten()) for part in self.parts]
-        rows = [part.unflatten(0, table.shape).permute(0, 2, 1, 4, 3).flatten(2, 3) for part in found]
+        found = [part[layer][:, table] for part in self.parts]  # (kv_heads, B, P, rows, PANEL)
+        rows = [part.permute(1, 0, 2, 4, 3).flatten(2, 3) for part in found]  # (B, kv_heads, P * PANEL, rows)
         if isinstance(self.format, torch.dtype):
             return rows[0].to(dtype)
         spec, (codes, *groups) = self.format, rows
@@ -82,7 +89,7 @@ class Store:
 
     def clear(self, pages: list[int]) -> None:
         for part in self.parts:
-            part[:, pages] = 0
+            part[:, :, pages] = 0
 
     def _kept(self, x: Tensor) -> list[Tensor]:
         """The parts of x (..., head_dim): (..., rows), and (..., groups) of scales and zero points."""
@@ -112,7 +119,8 @@ class KVCache:
     ) -> None:
         self.config, self.max_batch, self.max_len = config, max_batch, max_len
         self.pages, kv = max_batch * panels(max_len) if pages is None else pages, kv or KVSpec()
-        self.keys, self.values = (Store(config, self.pages, format_of(name)) for name in (kv.key, kv.value))
+        self.keys = Store(config, self.pages, format_of(kv.key), by_token=False)
+        self.values = Store(config, self.pages, format_of(kv.value), by_token=True)
         self._free = list(reversed(range(self.pages)))  # the last is taken next: what was freed, before what is new
         self._tables: dict[int, list[int]] = {}  # by request: its pages in order
         self._lengths: dict[int, int] = {}  # by request: positions that are taken

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from labkit.kernels import best, build
 from labkit.kernels.native_cpu import NativeCpu, settle
+from labkit.models.kv import format_of
 from labkit.models.llama import MLP, Block, Linear, Llama, RMSNorm
 from labkit.models.rotate import Rotation
-from labkit.quant import Blocks, QuantizedTensor, hadamard, hadamard_block
-from labkit.serving.kv_cache import Batch, KVCache, Store
+from labkit.quant import Blocks, QuantizedTensor, QuantSpec, hadamard, hadamard_block
+from labkit.serving.kv_cache import PANEL, Batch, KVCache, Store
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 _FORMATS = [torch.float32, torch.float16, torch.bfloat16]  # of native/pages.h; then bytes and half bytes
@@ -47,7 +48,7 @@ class _Model(ctypes.Structure):
 class _Kept(ctypes.Structure):
     _fields_ = [
         *((name, _POINTER) for name in ("codes", "scale", "zero")),
-        *((name, _LONG) for name in ("pages", "width")),
+        *((name, _LONG) for name in ("pages", "width", "stride")),
         *((name, ctypes.c_int32) for name in ("format", "scale_format", "lowest", "highest")),
     ]
 
@@ -86,6 +87,10 @@ class Step:
         for module in online:
             if type(module) not in (nn.Identity, Rotation):
                 return f"of online transforms it knows Rotation, found {type(module).__name__}"
+        values, size = format_of(model.kv.value), model.config.head_dim
+        width = Blocks((1, size), values.block).size[1] if isinstance(values, QuantSpec) else size
+        if width % PANEL and width < size:
+            return f"groups of values must be a multiple of {PANEL}, found {width}"
         if model.model.embed_tokens.weight.dtype != torch.float32:
             return f"it knows float32, found an embedding of {model.model.embed_tokens.weight.dtype}"
         return build.why_not()
@@ -174,15 +179,15 @@ class Step:
 
 
 def _kept(store: Store) -> _Kept:
-    codes, pages, spec = store.codes.data_ptr(), store.codes.shape[1], store.format
+    codes, pages, spec = store.codes.data_ptr(), store.codes.shape[2], store.format
     if isinstance(spec, torch.dtype):
-        return _Kept(codes, None, None, pages, store.size, _FORMATS.index(spec))
+        return _Kept(codes, None, None, pages, store.size, store.stride, _FORMATS.index(spec))
     assert store.scale is not None
     zero = None if store.zero is None else store.zero.data_ptr()
     width = Blocks((1, store.size), spec.block).size[1]
     format = len(_FORMATS) + (spec.bits <= 4)
     scale = _FORMATS.index(store.scale.dtype)
-    return _Kept(codes, store.scale.data_ptr(), zero, pages, width, format, scale, *spec.code_range)
+    return _Kept(codes, store.scale.data_ptr(), zero, pages, width, store.stride, format, scale, *spec.code_range)
 
 
 def _why_not(linear: Linear) -> str | None:

@@ -1,5 +1,6 @@
-// Keys and values as the cache keeps them: in pages of 16 tokens, each number by number, so that a vector register holds one
-// number of all 16. A format is a float, or codes with a scale for each token and group of its numbers:
+// Keys and values as the cache keeps them: in pages of 16 tokens. Keys lie number by number, so that a vector register holds one
+// number of all 16 tokens, since a query is multiplied by all of them; values lie token by token, since a token's are added up
+// together. A format is a float, or codes with a scale for each token and group of its numbers:
 //
 //     number = scale * (code + offset),  offset = -zero point, or the lowest code where there is none
 //
@@ -15,10 +16,11 @@ namespace {
 
 // Keys, or values, of all layers.
 struct Kept {
-    uint8_t* codes;                // (layers, pages, heads, rows, 16)
-    uint8_t* scale;                // (layers, pages, heads, groups, 16), or null: floats
+    uint8_t* codes;                // (layers, heads, pages, numbers, 16), or (..., 16, stride)
+    uint8_t* scale;                // (layers, heads, pages, groups, 16), or null: floats
     uint8_t* zero;                 // the same of bytes, or null: symmetric
     int64_t pages, width;          // width: how many numbers a group has
+    int64_t stride;                // numbers from one token to the next, a multiple of 16; 0: they lie number by number
     int32_t format, scale_format;  // see with_format
     int32_t lowest, highest;       // of the codes as the grid has them
 };
@@ -38,52 +40,55 @@ inline __m256 load_bf16_half(const uint16_t* p) {
 inline Floats load_bf16(const uint16_t* p) { return {load_bf16_half(p), load_bf16_half(p + 8)}; }
 #endif
 
-// The formats. `load` gives number i of a page's 16 tokens, `put` writes one of them.
+// The formats. `load` gives number i of all 16 tokens of a page that lies number by number, `along` 16 numbers of one token of the
+// others, from number i on. `put` writes number i, of which `at` says the place.
 
 struct Float32 {
     static constexpr int BITS = 32;
     static constexpr bool CODES = false;
     static constexpr float LARGEST = std::numeric_limits<float>::max(), SMALLEST = 1.4e-45f;
-    static Floats load(const uint8_t* p, long i) { return ::load((const float*)p + i * LANES); }
+    static Floats load(const uint8_t* p, long i) { return along(p, i * LANES); }
+    static Floats along(const uint8_t* p, long i) { return ::load((const float*)p + i); }
     static float number(const uint8_t* p, long at) { return ((const float*)p)[at]; }
-    static void put(uint8_t* p, long i, long lane, float x) { ((float*)p)[i * LANES + lane] = x; }
+    static void put(uint8_t* p, long, long at, float x) { ((float*)p)[at] = x; }
 };
 
 struct Float16 {
     static constexpr int BITS = 16;
     static constexpr bool CODES = false;
     static constexpr float LARGEST = 65504, SMALLEST = 5.9604645e-8f;
-    static Floats load(const uint8_t* p, long i) { return ::load((const uint16_t*)p + i * LANES); }
+    static Floats load(const uint8_t* p, long i) { return along(p, i * LANES); }
+    static Floats along(const uint8_t* p, long i) { return ::load((const uint16_t*)p + i); }
     static float number(const uint8_t* p, long at) { return ::number(((const uint16_t*)p)[at]); }
-    static void put(uint8_t* p, long i, long lane, float x) {
-        ((uint16_t*)p)[i * LANES + lane] = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
-    }
+    static void put(uint8_t* p, long, long at, float x) { ((uint16_t*)p)[at] = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
 };
 
 struct BFloat16 {
     static constexpr int BITS = 16;
     static constexpr bool CODES = false;
     static constexpr float LARGEST = 3.3895314e38f, SMALLEST = 9.1835496e-41f;
-    static Floats load(const uint8_t* p, long i) { return load_bf16((const uint16_t*)p + i * LANES); }
+    static Floats load(const uint8_t* p, long i) { return along(p, i * LANES); }
+    static Floats along(const uint8_t* p, long i) { return load_bf16((const uint16_t*)p + i); }
     static float number(const uint8_t* p, long at) {
         const uint32_t bits = uint32_t(((const uint16_t*)p)[at]) << 16;
         float x;
         std::memcpy(&x, &bits, 4);
         return x;
     }
-    static void put(uint8_t* p, long i, long lane, float x) {
+    static void put(uint8_t* p, long, long at, float x) {
         uint32_t bits;
         std::memcpy(&bits, &x, 4);
         // What is no number stays none; others go to the nearest, halves to even.
-        ((uint16_t*)p)[i * LANES + lane] = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        ((uint16_t*)p)[at] = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     }
 };
 
 struct Byte {
     static constexpr int BITS = 8;
     static constexpr bool CODES = true;
-    static Floats load(const uint8_t* p, long i) { return floats_of_bytes(_mm_loadu_si128((const __m128i*)(p + i * LANES))); }
-    static void put(uint8_t* p, long i, long lane, int code) { p[i * LANES + lane] = code; }
+    static Floats load(const uint8_t* p, long i) { return along(p, i * LANES); }
+    static Floats along(const uint8_t* p, long i) { return floats_of_bytes(_mm_loadu_si128((const __m128i*)(p + i))); }
+    static void put(uint8_t* p, long, long at, int code) { p[at] = code; }
 };
 
 struct HalfByte {
@@ -93,9 +98,12 @@ struct HalfByte {
         const __m128i both = _mm_loadu_si128((const __m128i*)(p + i / 2 * LANES)), shift = _mm_cvtsi32_si128(4 * (i & 1));
         return floats_of_bytes(_mm_and_si128(_mm_srl_epi16(both, shift), _mm_set1_epi8(15)));
     }
-    static void put(uint8_t* p, long i, long lane, int code) {  // the first of the two first
-        uint8_t& both = p[i / 2 * LANES + lane];
-        both = i & 1 ? both | code << 4 : code;
+    static Floats along(const uint8_t* p, long i) {
+        const __m128i both = _mm_loadl_epi64((const __m128i*)(p + i / 2)), mask = _mm_set1_epi8(15);
+        return floats_of_bytes(_mm_unpacklo_epi8(_mm_and_si128(both, mask), _mm_and_si128(_mm_srli_epi16(both, 4), mask)));
+    }
+    static void put(uint8_t* p, long i, long at, int code) {  // the first of the two first
+        p[at] = i & 1 ? p[at] | code << 4 : code;
     }
 };
 
@@ -122,7 +130,7 @@ public:
 
     Pages(const Kept& kept, long layer, long heads, long head, long size)
         : size(size), width(kept.width), kept_(kept), groups_((size + width - 1) / width),
-          first_(layer * kept.pages * heads + head), heads_(heads) {}
+          first_((layer * heads + head) * kept.pages) {}
 
     template <class Stored>
     uint8_t* codes(int32_t page) const {
@@ -137,10 +145,15 @@ public:
         if (!kept_.zero) return all(kept_.lowest);
         return multiply(Byte::load(kept_.zero, place(page, group)), all(-1));
     }
-    // How many pages ahead is to be asked for what is read soon; at least the four that are read together.
+    // How many pages ahead is to be asked for what is read soon.
     template <class Stored>
     long ahead() const {
-        return std::max(4L, (12L << 10) / bytes<Stored>());
+        return std::max(1L, (12L << 10) / bytes<Stored>());
+    }
+    // Bytes from one token to the next of a page that lies token by token.
+    template <class Stored>
+    long row() const {
+        return kept_.stride * Stored::BITS / 8;
     }
 
     // Write one token, x (size,), as the grid's fit and encode do in Python. Where those refuse a number that is none, or too large
@@ -149,7 +162,7 @@ public:
     void keep(int32_t page, long lane, const float* x) const {
         uint8_t* to = codes<Stored>(page);
         if constexpr (!Stored::CODES)
-            for (long i = 0; i < size; i++) Stored::put(to, i, lane, x[i]);
+            for (long i = 0; i < size; i++) Stored::put(to, i, at<Stored>(i, lane), x[i]);
         else
             for (long first = 0, group = 0; first < size; first += width, group++) {
                 const long end = std::min(size, first + width);
@@ -158,11 +171,11 @@ public:
                     low = std::min(low, x[i]), high = std::max(high, x[i]), strange += x[i] * 0;
                 float scale = 0;
                 with_float(kept_.scale_format, [&](auto stored) {
-                    const long at = place(page, group) * LANES + lane;
+                    const long spot = place(page, group) * LANES + lane;
                     const float wanted = scale_of<decltype(stored)>(low, high);
-                    stored.put(kept_.scale, 0, at, wanted + strange);  // no number where one of them is none
-                    scale = stored.number(kept_.scale, at);
-                    if (scale == 0 && wanted > 0) stored.put(kept_.scale, 0, at, scale = stored.SMALLEST);
+                    stored.put(kept_.scale, 0, spot, wanted + strange);  // no number where one of them is none
+                    scale = stored.number(kept_.scale, spot);
+                    if (scale == 0 && wanted > 0) stored.put(kept_.scale, 0, spot, scale = stored.SMALLEST);
                 });
                 const float divisor = scale == 0 ? 1 : scale, least = kept_.lowest, most = kept_.highest;
                 float zero = 0;
@@ -172,20 +185,26 @@ public:
                 }
                 for (long i = first; i < end; i++) {
                     const float code = std::nearbyint(x[i] / divisor) + zero;
-                    Stored::put(to, i, lane, int(std::min(most, std::max(least, code)) - least));
+                    Stored::put(to, i, at<Stored>(i, lane), int(std::min(most, std::max(least, code)) - least));
                 }
             }
     }
 
 private:
     const Kept& kept_;
-    const long groups_, first_, heads_;
+    const long groups_, first_;
 
-    long place(int32_t page) const { return first_ + page * heads_; }
+    long place(int32_t page) const { return first_ + page; }
     long place(int32_t page, long group) const { return place(page) * groups_ + group; }
     template <class Stored>
     long bytes() const {
-        return size * Stored::BITS / 8 * LANES;
+        return (kept_.stride ? kept_.stride : size) * Stored::BITS / 8 * LANES;
+    }
+    // Where number i of a token stands in its page; a half byte says no more than its byte.
+    template <class Stored>
+    long at(long i, long lane) const {
+        constexpr long SHARED = Stored::BITS == 4 ? 2 : 1;
+        return kept_.stride ? (lane * kept_.stride + i) / SHARED : i / SHARED * LANES + lane;
     }
 
     // Grid.scale_for, in double as there.

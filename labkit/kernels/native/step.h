@@ -119,13 +119,14 @@ struct Query {
     float* numbers;  // (size,)
     long first, last;
     float* out;  // (size,): the values that its softmax over the keys mixes
+    float* log;  // of the sum of e^score, by which parts of a sequence are weighed against each other
 };
 
 constexpr int QUERIES = 4;  // that share what is loaded of keys and values
 
 // scores (COUNT, stride): the queries times the keys of the pages that stand in table from..to.
 template <int COUNT, class Stored>
-void multiply_keys(const Query* queries, const Pages& keys, const int32_t* table, long from, long to, float* scores, long stride) {
+__attribute__((noinline)) void multiply_keys(const Query* queries, const Pages& keys, const int32_t* table, long from, long to, float* scores, long stride) {
     constexpr int SUMS = sums_of(COUNT);
     const Floats factor = all(1 / std::sqrt(float(keys.size)));
     const long ahead = keys.ahead<Stored>();
@@ -140,7 +141,7 @@ void multiply_keys(const Query* queries, const Pages& keys, const int32_t* table
             for (auto& row : sum)
                 for (auto& one : row) one = zeros();
             const auto multiply_by = [&](int which) {
-                fetch(next + i * 2 * Stored::BITS);
+                if (i * 2 * Stored::BITS % 64 == 0) fetch(next + i * 2 * Stored::BITS);
                 Floats numbers = Stored::load(page, i);
                 if (Stored::CODES) numbers = add(numbers, offset);
                 for (int j = 0; j < COUNT; j++) sum[j][which] = multiply_add(numbers, all(queries[j].numbers[i]), sum[j][which]);
@@ -159,36 +160,43 @@ void multiply_keys(const Query* queries, const Pages& keys, const int32_t* table
     }
 }
 
-// Adds to the sums (size, COUNT, 16), of which each lane has those of its own tokens: the values of the PAGES pages that stand in
-// table from p on, each times its weight of (COUNT, stride). `last` is the last page that will be wanted.
-template <int COUNT, int PAGES, class Stored>
-void mix_values(const Pages& values, const int32_t* table, long p, long last, const float* weights, long stride, float* sums) {
-    const uint8_t *page[PAGES], *next[PAGES];
-    const long ahead = values.ahead<Stored>();
-    for (int k = 0; k < PAGES; k++) {
-        page[k] = values.codes<Stored>(table[p + k]);
-        next[k] = values.codes<Stored>(table[std::min(p + k + ahead, last)]);
+// Writes VECTORS * 16 numbers of each query's result, from number `at` on: the sums of its weights (COUNT, stride) times the values
+// of the tokens first..last, times its factor. Codes must be of one group.
+template <int COUNT, int VECTORS, class Stored>
+__attribute__((noinline)) void mix_values(const Query* queries, const Pages& values, const int32_t* table, long first, long last,
+                                          const float* weights, long stride, const float* factors, long at) {
+    const long ahead = values.ahead<Stored>(), row = values.row<Stored>(), group = at / values.width;
+    Floats sum[COUNT][VECTORS], low[COUNT];
+    for (int j = 0; j < COUNT; j++) {
+        low[j] = zeros();
+        for (auto& one : sum[j]) one = zeros();
     }
-    for (long i = 0, group = 0; i < values.size; group++) {
-        Floats weight[PAGES][COUNT], offset[PAGES];
-        for (int k = 0; k < PAGES; k++) {
-            for (int j = 0; j < COUNT; j++) {
-                weight[k][j] = load(weights + j * stride + (p + k) * LANES);
-                if (Stored::CODES) weight[k][j] = multiply(weight[k][j], values.scale(table[p + k], group));
+    for (long p = first / LANES; p <= last / LANES; p++) {
+        const uint8_t* token = values.codes<Stored>(table[p]);
+        const uint8_t* next = values.codes<Stored>(table[std::min(p + ahead, last / LANES)]) + at * Stored::BITS / 8;
+        float weight[COUNT][LANES];
+        for (int j = 0; j < COUNT; j++) {
+            Floats some = load(weights + j * stride + p * LANES);
+            if (Stored::CODES) {
+                some = multiply(some, values.scale(table[p], group));
+                low[j] = multiply_add(some, values.offset(table[p], group), low[j]);
             }
-            if (Stored::CODES) offset[k] = values.offset(table[p + k], group);
+            store(weight[j], some);
         }
-        for (const long end = std::min(values.size, i + values.width); i < end; i++) {
-            Floats sum[COUNT];
-            for (int j = 0; j < COUNT; j++) sum[j] = load(sums + (i * COUNT + j) * LANES);
-            for (int k = 0; k < PAGES; k++) {
-                fetch(next[k] + i * 2 * Stored::BITS);
-                Floats numbers = Stored::load(page[k], i);
-                if (Stored::CODES) numbers = add(numbers, offset[k]);
-                for (int j = 0; j < COUNT; j++) sum[j] = multiply_add(numbers, weight[k][j], sum[j]);
-            }
-            for (int j = 0; j < COUNT; j++) store(sums + (i * COUNT + j) * LANES, sum[j]);
+        for (int t = 0; t < LANES; t++, token += row, next += row) {
+            for (long line = 0; line < VECTORS * 2 * Stored::BITS; line += 64) fetch(next + line);
+            Floats numbers[VECTORS];
+            for (int i = 0; i < VECTORS; i++) numbers[i] = Stored::along(token, at + i * LANES);
+            for (int j = 0; j < COUNT; j++)
+                for (int i = 0; i < VECTORS; i++) sum[j][i] = multiply_add(all(weight[j][t]), numbers[i], sum[j][i]);
         }
+    }
+    const long count = std::min<long>(VECTORS * LANES, values.size - at);
+    for (int j = 0; j < COUNT; j++) {
+        float mixed[VECTORS * LANES];
+        const Floats all_low = all(Stored::CODES ? sum_of(low[j]) : 0);
+        for (int i = 0; i < VECTORS; i++) store(mixed + i * LANES, multiply(add(sum[j][i], all_low), all(factors[j])));
+        std::memcpy(queries[j].out + at, mixed, count * sizeof(float));
     }
 }
 
@@ -199,44 +207,46 @@ struct Seen {
     const int32_t* table;  // the sequence's pages, in order
 };
 
-// Room for the scores of QUERIES queries, (QUERIES, stride), and for the sums of values that belong to them.
+// What QUERIES queries need room for: their scores.
 struct Room {
     const long stride;
-    std::vector<float> scores, sums;
-    Room(long pages, long size) : stride(pages * LANES), scores(QUERIES * stride), sums(QUERIES * size * LANES) {}
+    std::vector<float> scores;  // (QUERIES, stride)
+    explicit Room(long pages) : stride(pages * LANES), scores(QUERIES * stride) {}
 };
 
 template <int COUNT>
 void attend(const Query* queries, const Seen& seen, Room& room) {
     const long size = seen.keys.size, stride = room.stride;
-    float *scores = room.scores.data(), *sums = room.sums.data();
-    long from = queries[0].first, to = queries[0].last;
-    for (int j = 1; j < COUNT; j++) from = std::min(from, queries[j].first), to = std::max(to, queries[j].last);
-    from /= LANES, to /= LANES;
+    float* scores = room.scores.data();
+    long first = queries[0].first, last = queries[0].last;
+    for (int j = 1; j < COUNT; j++) first = std::min(first, queries[j].first), last = std::max(last, queries[j].last);
+    const long from = first / LANES, to = last / LANES;
     with_format(seen.cache.keys.format, [&](auto stored) {
         multiply_keys<COUNT, decltype(stored)>(queries, seen.keys, seen.table, from, to, scores, stride);
     });
     float factors[COUNT];
     for (int j = 0; j < COUNT; j++) {
-        float *score = scores + j * stride, largest = -INFINITY, sum = 0;
-        const long first = queries[j].first, last = queries[j].last;
-#pragma omp simd reduction(max : largest)
-        for (long s = first; s <= last; s++) largest = std::max(largest, score[s]);
+        float *score = scores + j * stride, sum = 0;
+        const long mine = queries[j].first, end = queries[j].last + 1;  // none where mine is end or more
+        const float largest = largest_of(score + mine, end - mine);
 #pragma omp simd reduction(+ : sum)
-        for (long s = first; s <= last; s++) sum += score[s] = exp_of(score[s] - largest);
-        std::fill(score + from * LANES, score + first, 0);  // what others see and it does not, or nobody
-        std::fill(score + last + 1, score + (to + 1) * LANES, 0);
-        factors[j] = 1 / sum;
+        for (long s = mine; s < end; s++) sum += score[s] = exp_of(score[s] - largest);
+        const bool none = mine >= end;
+        std::fill(score + from * LANES, score + (none ? (to + 1) * LANES : mine), 0);  // what others see and it does not, or nobody
+        if (!none) std::fill(score + end, score + (to + 1) * LANES, 0);
+        factors[j] = none ? 0 : 1 / sum;
+        *queries[j].log = none ? -INFINITY : largest + std::log(sum);
     }
-    std::fill(sums, sums + size * COUNT * LANES, 0);
     with_format(seen.cache.values.format, [&](auto stored) {
-        long p = from;
-        for (; p + 4 <= to + 1; p += 4)
-            mix_values<COUNT, 4, decltype(stored)>(seen.values, seen.table, p, to, scores, stride, sums);
-        for (; p <= to; p++) mix_values<COUNT, 1, decltype(stored)>(seen.values, seen.table, p, to, scores, stride, sums);
+        using Stored = decltype(stored);
+        const long width = Stored::CODES ? seen.values.width : size;
+        for (long at = 0; at < size;) {
+            const bool four = at % width + 4 * LANES <= width && at + 4 * LANES <= size;
+            const auto mix = four ? mix_values<COUNT, 4, Stored> : mix_values<COUNT, 1, Stored>;
+            mix(queries, seen.values, seen.table, first, last, scores, stride, factors, at);
+            at += (four ? 4 : 1) * LANES;
+        }
     });
-    for (int j = 0; j < COUNT; j++)
-        for (long i = 0; i < size; i++) queries[j].out[i] = sum_of(load(sums + (i * COUNT + j) * LANES)) * factors[j];
 }
 
 template <int COUNT = QUERIES>
@@ -248,19 +258,53 @@ void attend(int count, const Query* queries, const Seen& seen, Room& room) {
 }
 
 // Some of the queries that share a head of keys: those `first`, `first` + 1, ... of the rows row..row + rows - 1 of one sequence,
-// each of which has `group` of them.
+// each of which has `group` of them. They see a piece of what they see in all.
 struct Share {
     long row, head, first;
-    int count;
+    int count, piece;
 };
 
-inline std::vector<Share> shares_of(long rows, long each, long kv_heads, long group) {
-    std::vector<Share> shares;
+// Into how many pieces sequences are cut, so that no thread has a tenth more to do than another; short ones are not worth it.
+inline int pieces_of(long shares, long threads, long pages) {
+    int pieces = 1;
+    while (pieces < std::min(8L, pages / 8) && 10 * ((shares * pieces + threads - 1) / threads) * threads > 11 * shares * pieces) pieces++;
+    return pieces;
+}
+
+inline std::vector<Share> shares_of(long rows, long each, long kv_heads, long group, long threads, long pages, int* pieces) {
+    const long shares = rows / each * kv_heads * ((each * group + QUERIES - 1) / QUERIES);
+    *pieces = pieces_of(shares, threads, pages);
+    std::vector<Share> found;
     for (long row = 0; row < rows; row += each)
         for (long first = 0; first < each * group; first += QUERIES)
             for (long head = 0; head < kv_heads; head++)
-                shares.push_back({row, head, first, int(std::min<long>(QUERIES, each * group - first))});
-    return shares;
+                for (int piece = 0; piece < *pieces; piece++)
+                    found.push_back({row, head, first, int(std::min<long>(QUERIES, each * group - first)), piece});
+    return found;
+}
+
+// Cuts down what the queries see to one of so many pieces, whole pages each. One that sees nothing of it has its last before its first.
+inline void cut(Query* queries, int count, long piece, long pieces) {
+    long first = queries[0].first, last = queries[0].last;
+    for (int j = 1; j < count; j++) first = std::min(first, queries[j].first), last = std::max(last, queries[j].last);
+    const long from = first / LANES, pages = last / LANES + 1 - from;
+    const long begin = (from + pages * piece / pieces) * LANES, end = (from + pages * (piece + 1) / pieces) * LANES;
+    for (int j = 0; j < count; j++) queries[j].first = std::max(queries[j].first, begin), queries[j].last = std::min(queries[j].last, end - 1);
+}
+
+// The softmax over all pieces: results (pieces, count, size), weighed by e^logs (pieces, count), go to out (count, size).
+inline void join(const float* results, const float* logs, long pieces, long count, long size, float* out) {
+    std::fill(out, out + count * size, 0);
+    for (long i = 0; i < count; i++) {
+        float largest = -INFINITY, sum = 0, weights[8];
+        for (long p = 0; p < pieces; p++) largest = std::max(largest, logs[p * count + i]);
+        for (long p = 0; p < pieces; p++) sum += weights[p] = std::exp(logs[p * count + i] - largest);
+        for (long p = 0; p < pieces; p++) {
+            const float *result = results + (p * count + i) * size, weight = weights[p] / sum;
+#pragma omp simd
+            for (long n = 0; n < size; n++) out[i * size + n] += weight * result[n];
+        }
+    }
 }
 
 // x (rows, hidden): the new tokens' embeddings on the way in, of `count` sequences as many each, whose pages stand in table (count,
@@ -269,9 +313,11 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
                  long rows, const int64_t* wanted, long count, float* logits, int threads) {
     const long hidden = model.hidden, size = model.head_dim, half = size / 2, group = model.heads / model.kv_heads;
     const long q_size = model.heads * size, kv_size = model.kv_heads * size;
-    std::vector<float> q(rows * q_size), k(rows * kv_size), v(rows * kv_size), mixed(rows * q_size);
+    std::vector<float> q(rows * q_size), k(rows * kv_size), v(rows * kv_size);
     const long each = rows / count;
-    const std::vector<Share> shares = shares_of(rows, each, model.kv_heads, group);
+    int pieces;
+    const std::vector<Share> shares = shares_of(rows, each, model.kv_heads, group, threads, pages, &pieces);
+    std::vector<float> mixed(pieces * rows * q_size), logs(pieces * rows * model.heads);
     std::optional<Barrier> barrier;
     std::vector<float> inner(rows * model.intermediate), cos(rows * half), sin(rows * half);
     for (long i = 0; i < rows * half; i++) {
@@ -284,8 +330,8 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
         const long parts = omp_get_num_threads(), part = omp_get_thread_num();
 #pragma omp single
         barrier.emplace(parts);
-        std::vector<float> normed(rows * hidden);
-        Room room(pages, size);
+        std::vector<float> normed(rows * hidden), joined(pieces > 1 ? rows * q_size : 0);
+        Room room(pages);
         Input input;
         const float* last = nullptr;
         const auto norm = [&](const float* weight) {
@@ -336,6 +382,10 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
                 const int32_t page = seen.table[at / LANES];
                 keep(cache.keys, seen.keys, page, at % LANES, key);
                 keep(cache.values, seen.values, page, at % LANES, &v[m * kv_size + h * size]);
+                for (float* query = &q[m * q_size + h * group * size]; query < &q[m * q_size] + (h + 1) * group * size; query += size) {
+                    if (layer.q_norm) rms_norm(query, layer.q_norm, size, model.eps, query);
+                    rotate(query, &cos[m * half], &sin[m * half], half);
+                }
             }
             barrier->wait();
             for (size_t unit = part; unit < shares.size(); unit += parts) {
@@ -344,15 +394,16 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
                 for (int j = 0; j < some.count; j++) {
                     const long m = some.row + (some.first + j) / group, i = some.head * group + (some.first + j) % group;
                     float* query = &q[m * q_size + i * size];
-                    if (layer.q_norm) rms_norm(query, layer.q_norm, size, model.eps, query);
-                    rotate(query, &cos[m * half], &sin[m * half], half);
                     const long first = layer.window ? std::max<long>(0, positions[m] - layer.window + 1) : 0;
-                    queries[j] = {query, first, positions[m], &mixed[m * q_size + i * size]};
+                    const long at = (some.piece * rows + m) * model.heads + i;
+                    queries[j] = {query, first, positions[m], &mixed[at * size], &logs[at]};
                 }
+                cut(queries, some.count, some.piece, pieces);
                 attend(some.count, queries, seen_by(some.row, some.head), room);
             }
             barrier->wait();
-            share(layer.o, mixed.data(), rows, onto_x);
+            if (pieces > 1) join(mixed.data(), logs.data(), pieces, rows * model.heads, size, joined.data());
+            share(layer.o, pieces > 1 ? joined.data() : mixed.data(), rows, onto_x);
             barrier->wait();
             norm(layer.post_norm);
             share(layer.gate, normed.data(), rows, into(inner.data(), model.intermediate));

@@ -31,6 +31,8 @@ inline Floats all(float x) { return _mm512_set1_ps(x); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline float largest_of(Floats x) { return _mm512_reduce_max_ps(x); }
 inline float sum_of(Floats x) { return _mm512_reduce_add_ps(x); }
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline Floats load(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
@@ -89,6 +91,13 @@ inline Floats multiply_add(Floats x, Floats y, Floats z) {
 }
 inline Floats add(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline Floats multiply(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline Floats larger(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline float largest_of(Floats x) {
+    const __m256 eight = _mm256_max_ps(x.a, x.b);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
 inline float sum_of(Floats x) {
     const __m256 eight = _mm256_add_ps(x.a, x.b);
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -194,11 +203,23 @@ inline void fetch_ahead(const void* now, long bytes) {
 
 inline void fetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
+inline float largest_of(const float* x, long size) {
+    float largest = -INFINITY;
+    long i = 0;
+    if (size >= LANES) {
+        Floats many = load(x);
+        for (i = LANES; i + LANES <= size; i += LANES) many = larger(many, load(x + i));
+        largest = largest_of(many);
+    }
+    for (; i < size; i++) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+}
+
 // dot: sum + the four bytes of each lane, 0 to 15, times the four of x, -127 to 127. dot_signed: bytes from -128 to 127,
 // to each of which BELOW was added, so that BELOW times the sum of x's bytes is still to be taken off.
 
 // e^x to a few units in the last place (the polynomial of Moshier's Cephes), in a form that compilers make vectors of.
-inline float exp_of(float x) {
+__attribute__((always_inline)) inline float exp_of(float x) {  // a call would keep loops from being vectors
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     const float n = std::nearbyint(x * 1.44269504f), r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;

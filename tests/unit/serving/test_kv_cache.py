@@ -191,7 +191,7 @@ def test_a_request_that_wrote_nan_leaves_nothing_behind():
     cache.remove(2)
     for store in (cache.keys, cache.values):
         others = [page for page in range(cache.pages) if page != mine]
-        assert store.codes[:, others].count_nonzero() == 0 and store.codes[:, mine].count_nonzero() > 0
+        assert store.codes[:, :, others].count_nonzero() == 0 and store.codes[:, :, mine].count_nonzero() > 0
     cache.add(3)
     cache.batch([3], 5).update(0, torch.ones(1, 2, 5, 6), torch.ones(1, 2, 5, 6))
     keys, values, mask = cache.batch([0, 3], 1).update(0, torch.ones(2, 2, 1, 6), torch.ones(2, 2, 1, 6))
