@@ -377,7 +377,7 @@ def test_no_byte_outside_its_buffers_is_touched(march: str, tmp_path: Path) -> N
     from labkit.serving.step import Step
     for recipe in (None, "w3a16-gptq-g64-actorder", "w4a8-rtn-g32", "w4a16-rotate-rtn-g64"):
         model = models.load("tiny") if recipe is None else models.quantize(models.load("tiny"), recipe)
-        for kv in (KVSpec(), KVSpec("fp16", "bf16"), KVSpec("int8 channel asym", "int4 g6")):
+        for kv in (KVSpec(), KVSpec("fp16", "bf16"), KVSpec("int8 g6 asym", "int4 g16")):
             cache = KVCache(model.config, max_batch=2, max_len=20, kv=kv)
             step = Step(model, cache)
             for sequence in (0, 1):
