@@ -300,36 +300,39 @@ inline void plain(int rows, const Linear& w, long n, const float* x, float* y) {
     for (; m < rows; m++) plain_tile<1>(w, n, x + m * w.columns, y + m * LANES);
 }
 
-// The same of a weight of 4 bits whose rows have their own tables.
+// The same of a weight of 4 bits whose rows have their own tables, by stretches of x that stay in the nearest cache.
 template <int ROWS, class Stored>
 void own_tables(const Linear& w, long n, const float* x, float* y) {
+    constexpr long INPUTS = LANES * CHUNK, STRETCH = 8192 / ROWS / INPUTS * INPUTS;
     constexpr int SUMS = sums_of(ROWS);
-    for (long j = 0; j < w.stored(n); j++) {
-        const long row = n * LANES + j;
-        const uint8_t* p = w.codes + row * w.in / 2;
-        const Stored* scale = (const Stored*)w.scale + row * w.groups();
-        float table[LANES];
-        store(table, load((const Stored*)w.table + row * LANES));
-        const Four codes(table);
-        Floats sum[ROWS][SUMS], step = zeros();
-        for (auto& row : sum)
-            for (auto& one : row) one = zeros();
-        long left = 0;  // sixteens of the group
-        for (long k = 0; k < w.in; k += LANES * CHUNK, p += Four::BYTES) {
-            fetch_ahead(p, Four::BYTES);
-            codes.chunk(p, [&](int i, const Floats& value) {
-                if (left == 0) step = all(number(*scale++)), left = w.width / LANES;
-                left--;
-                const Floats scaled = multiply(value, step);
-                for (int m = 0; m < ROWS; m++)
-                    sum[m][i % SUMS] = multiply_add(scaled, load(x + m * w.in + k + i * LANES), sum[m][i % SUMS]);
-            });
+    std::fill(y, y + ROWS * LANES, 0);
+    for (long start = 0; start < w.in; start += STRETCH)
+        for (long j = 0; j < w.stored(n); j++) {
+            const long row = n * LANES + j;
+            const uint8_t* p = w.codes + (row * w.in + start) / 2;
+            const Stored* scale = (const Stored*)w.scale + row * w.groups() + start / w.width;
+            float table[LANES];
+            store(table, load((const Stored*)w.table + row * LANES));
+            const Four codes(table);
+            Floats sum[ROWS][SUMS], step = all(number(*scale++));
+            for (auto& row : sum)
+                for (auto& one : row) one = zeros();
+            long left = (w.width - start % w.width) / LANES;  // sixteens of the group
+            for (long k = start; k < std::min<long>(w.in, start + STRETCH); k += INPUTS, p += Four::BYTES) {
+                fetch_ahead(p, Four::BYTES);
+                codes.chunk(p, [&](int i, const Floats& value) {
+                    if (left == 0) step = all(number(*scale++)), left = w.width / LANES;
+                    left--;
+                    const Floats scaled = multiply(value, step);
+                    for (int m = 0; m < ROWS; m++)
+                        sum[m][i % SUMS] = multiply_add(scaled, load(x + m * w.in + k + i * LANES), sum[m][i % SUMS]);
+                });
+            }
+            for (int m = 0; m < ROWS; m++) {
+                for (int i = 1; i < SUMS; i++) sum[m][0] = add(sum[m][0], sum[m][i]);
+                y[m * LANES + j] += sum_of(sum[m][0]);
+            }
         }
-        for (int m = 0; m < ROWS; m++) {
-            for (int i = 1; i < SUMS; i++) sum[m][0] = add(sum[m][0], sum[m][i]);
-            y[m * LANES + j] = sum_of(sum[m][0]);
-        }
-    }
 }
 
 template <class Stored, int ROWS = TILE>

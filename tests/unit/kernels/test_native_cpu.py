@@ -282,10 +282,10 @@ def test_the_reason_why_not_is_named(text: str, inputs: int, reason: str) -> Non
 @pytest.mark.parametrize("march", MARCHES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_table_for_each_row(dtype: torch.dtype, march: str) -> None:
-    codes, table = torch.randint(16, (21, 300), dtype=torch.uint8), torch.randn(21, 16).sort().values.to(dtype)
-    g_idx = (torch.arange(300).int() // 48)[torch.randperm(300)]
-    weight = QuantizedTensor(codes, torch.rand(21, 7).half(), QuantSpec.parse("table4 g48"), table=table, g_idx=g_idx)
-    x = torch.randn(11, 300)
+    codes, table = torch.randint(16, (21, 1400), dtype=torch.uint8), torch.randn(21, 16).sort().values.to(dtype)
+    g_idx = (torch.arange(1400).int() // 48)[torch.randperm(1400)]
+    weight = QuantizedTensor(codes, torch.rand(21, 30).half(), QuantSpec.parse("table4 g48"), table=table, g_idx=g_idx)
+    x = torch.randn(11, 1400)
     assert off(NativeCpu(weight, march=march)(x), x, weight) < 1e-6
     kernel = NativeCpu(quant.kmeans(torch.randn(64, 512), QuantSpec.parse("table4 g64")))
     assert kernel.nbytes == 64 * 512 // 2 + 64 * 8 * 2 + 64 * 16 * 2
