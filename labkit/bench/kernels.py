@@ -24,6 +24,7 @@ from labkit.bench.measure import Contender, Row, Setting, Unit, invited
 from labkit.bench.pipe import Peer
 from labkit.kernels import Prepared, build, prepare
 from labkit.kernels.arena import Arena
+from labkit.kernels.native_cpu import settle
 from labkit.quant import QuantizedTensor, QuantSpec, encode, fit
 
 SIZE = 4096
@@ -37,6 +38,7 @@ READ = 512 * 2**20  # bytes that memory's speed is measured on
 SEVERAL, MANY = 32, 512  # rows
 GOAL_OF_BANDWIDTH, GOAL_OF_BF16 = 0.9, 1.9
 ROUNDS = 15
+TURN = 0.1  # seconds; a processor that slept is slow at first
 
 
 def kernels(setting: Setting, size: int = SIZE, rounds: int = ROUNDS) -> Iterator[list[Row]]:
@@ -99,9 +101,10 @@ class Products:
         self.bytes, self._dtype, self._next = weight.nbytes, dtype, 0
         self.kernel = "linear" if isinstance(weight, Tensor) else weight.backend
         self._copies = [weight, *(_copy(weight) for _ in range(int(STREAMED // self.bytes)))]
+        settle(self._copies)  # as the engine has them
 
     def contender(self, name: str, x: Tensor) -> Contender:
-        """x (rows, in). A turn goes through all copies, or through as many as take a fifth of a second."""
+        """x (rows, in). A turn goes through the copies for ``TURN`` seconds."""
         x = x.to(self._dtype)
         version = (
             f"labkit {labkit.__version__}" if self.kernel == "native_cpu" else f"torch {torch.__version__}"
@@ -112,7 +115,7 @@ class Products:
     def turn(self, x: Tensor) -> float:
         """Seconds for one product, the mean over a turn."""
         start, count = time.perf_counter(), 0
-        while count < len(self._copies) and time.perf_counter() - start < 0.2:
+        while time.perf_counter() - start < TURN:
             weight = self._copies[self._next]
             F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
             self._next, count = (self._next + 1) % len(self._copies), count + 1
@@ -122,7 +125,7 @@ class Products:
 def onnxruntime(peer: Peer, size: int, rows: int) -> Contender:
     """Products of ``rows`` rows by the weights that the peer has open. Raises PeerFailed."""
     return Contender(
-        "onnxruntime MatMulNBits", peer.ask("version"), lambda: peer.seconds("product", rows),
+        "onnxruntime MatMulNBits", peer.ask("version"), lambda: peer.seconds("product", rows, TURN),
         bytes=float(_onnx_bytes(size)),
     )  # fmt: skip
 
@@ -152,10 +155,12 @@ def bitsandbytes(weight: Tensor, x: Tensor) -> Contender:
 
     @torch.inference_mode()
     def turn() -> float:
-        start = time.perf_counter()
-        for made in layers:
-            made(half)
-        return (time.perf_counter() - start) / len(layers)
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < TURN:
+            for made in layers:
+                made(half)
+            count += len(layers)
+        return (time.perf_counter() - start) / count
 
     version = f"bitsandbytes {importlib.metadata.version('bitsandbytes')}"
     return Contender("bitsandbytes nf4", version, turn, bytes=float(size))

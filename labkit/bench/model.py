@@ -41,6 +41,7 @@ PREFILL = 512
 SPARE = 64  # tokens that the other sequences may be ahead of the one that is timed
 LENGTH = LONG + AFTER_LONG + 4
 ROUNDS = 7
+OF_TORCH = {"int4_op": "torch's int4 op", "Bfloat16": "torch bf16"}
 QUANTIZED = {  # llama.cpp's file types: layers, head
     "Q4_0": ("Q4_0", "Q8_0"),
     "Q4_1": ("Q4_1", "Q8_0"),
@@ -62,7 +63,9 @@ def model(
         # What stands beside torch: the same weights, by activations that stay floats.
         floats = with_floats(made)
         plain = Ours(floats, f"{recipe}'s weights, float32 activations", reference, stack)
-        looped = Ours(with_kernel(floats, int4_op), "the same loop, torch's int4 op", reference, stack, native=False)
+        folder = models.save(made, scratch / "checkpoint")
+        looped = Looped("int4_op", folder, floats, setting.threads, reference, stack)
+        half = Looped("Bfloat16", folder, floats, setting.threads, reference, stack)
         llama = LlamaCpp(original, scratch, setting.threads, reference, stack)
 
         at = PROMPT + TOKENS // 2
@@ -82,7 +85,7 @@ def model(
             plain.decode([prompt], TOKENS, at),
             [
                 transformers(original, scratch, setting.threads, reference, stack, prompt, at, goal=5.0),
-                replace(looped.decode([prompt], TOKENS, at), head="bfloat16", goal=1.3),
+                looped.contender("decode", prompt, TOKENS, at=at, goal=1.3),
             ],
             rounds=rounds,
         )  # fmt: skip
@@ -102,18 +105,11 @@ def model(
             rounds=rounds,
         )  # fmt: skip
         prompt = prompt_of(original, PREFILL)
-        half = Ours(
-            with_kernel(made, Bfloat16),
-            "the same loop, bf16 by torch",
-            reference,
-            stack,
-            native=False,
-        )
         yield setting.rows(
             f"prefill {PREFILL} tokens", Unit("tokens/s", PREFILL, rate=True), fast.prefill(prompt),
-            [llama.prefill("Q4_0", prompt, goal=1.5), replace(half.prefill(prompt), goal=1.2)], rounds=rounds,
+            [llama.prefill("Q4_0", prompt, goal=1.5), half.contender("prefill", prompt, at=0, goal=1.2)], rounds=rounds,
         )  # fmt: skip
-        yield from start(setting, made, recipe, llama, scratch, prompt_of(original, PROMPT), rounds)
+        yield from start(setting, folder, recipe, llama, prompt_of(original, PROMPT), rounds)
 
 
 class Ours:
@@ -145,6 +141,29 @@ class Ours:
             name=self.name, version=f"labkit {labkit.__version__}, torch {torch.__version__}, {step}", turn=turn,
             head=str(head.dtype).removeprefix("torch.") if isinstance(head, Tensor) else str(head.spec),
             bytes=per_token(held_bytes(self.model), self.model, at, sequences, cache_bits(self.model)), kl=self.kl,
+        )  # fmt: skip
+
+
+class Looped:
+    """The quantized model in its own pass, multiplied by an operator of torch's, in a process of its own.
+
+    In that of the engine OpenMP has more threads than processors, and lets them sleep between two operators.
+    """
+
+    def __init__(
+        self, kernel: str, folder: Path, floats: models.Llama, threads: int, reference: Reference, stack: ExitStack
+    ) -> None:
+        self._name = f"the model's own pass, {OF_TORCH[kernel]}"
+        self._model = with_kernel(floats, globals()[kernel])
+        self._kl = reference.of_windows(lambda window: self._model(torch.tensor([window]))[0])
+        self._peer = stack.enter_context(Peer("labkit", threads))
+        self._peer.ask("open", str(folder), kernel, threads)
+
+    def contender(self, method: str, *arguments: Any, at: int, goal: float) -> Contender:
+        return Contender(
+            self._name, f"torch {torch.__version__}", lambda: self._peer.seconds(method, *arguments), head="bfloat16",
+            bytes=per_token(held_bytes(self._model), self._model, at, 1, cache_bits(self._model)) if at else None,
+            kl=self._kl, goal=goal,
         )  # fmt: skip
 
 
@@ -321,16 +340,9 @@ def transformers(
 
 
 def start(
-    setting: Setting,
-    made: models.Llama,
-    recipe: str,
-    llama: LlamaCpp,
-    scratch: Path,
-    prompt: list[int],
-    rounds: int,
+    setting: Setting, folder: Path, recipe: str, llama: LlamaCpp, prompt: list[int], rounds: int
 ) -> Iterator[list[Row]]:
     """From a file to the first token, in a new process each time; its imports are not counted, its memory is."""
-    folder = models.save(made, scratch / "checkpoint")
 
     def make() -> Contender:
         turn = Fresh(

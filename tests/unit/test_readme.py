@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from labkit.bench.measure import Row
+from labkit.bench.suite import markdown
 from labkit.cli import app
 from labkit.course.lessons import names
 
@@ -119,3 +122,8 @@ def test_the_python_example_runs(
     (example,) = re.findall(r"```python\n(.*?)```", text("README.md"), flags=re.DOTALL)
     exec(compile(example, "README.md", "exec"), {})
     assert "w4a16-gptq-g64" in capsys.readouterr().out
+
+
+def test_the_table_of_speeds_is_that_of_the_measurements() -> None:
+    rows = [Row(**row) for row in json.loads(text("data/measurements/bench.json"))]
+    assert markdown(rows) in text("README.md")
