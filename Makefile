@@ -32,7 +32,7 @@ $(TIERS:%=test-%): setup ## one tier
 test-long: setup ## long fault and soak runs
 	@$(BIN)/python tests/run.py long $(ARGS)
 
-check: setup lint ## lint, types and the unit tests, in under two minutes
+check: setup lint ## lint, types and the unit tests, in four minutes
 	@$(BIN)/python tests/run.py unit $(ARGS)
 
 # They pin an older transformers than the lab, so they get .venv-parity, which uv fills from outside this folder, where
