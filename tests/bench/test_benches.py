@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 
-
 @pytest.mark.parametrize(
     ("command", "works"),
     [("kernels --size 1024", 5), ("model --model tiny", 7), ("serve --model tiny", 2), ("quantize --model tiny", 3)],
