@@ -11,7 +11,7 @@ SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 TIERS = unit parity notebooks serving browser cluster bench
 
 .PHONY: help setup lab test check lint test-long node node-up node-down node-status
-.PHONY: image system-packages constraints clean parity-environment parity-libraries peers
+.PHONY: image system-packages constraints clean parity-environment parity-libraries peers vllm-environment
 .PHONY: $(TIERS:%=test-%)
 
 help:
@@ -51,6 +51,11 @@ peers: setup ## llama.cpp and onnxruntime, for `labkit bench`: compiles ten minu
 	@.venv/uv/bin/uv venv --quiet --allow-existing --python $(BIN)/python .venv-peers
 	@cd / && CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF" $(CURDIR)/.venv/uv/bin/uv pip install \
 	    --quiet --python $(CURDIR)/.venv-peers/bin/python --requirements $(CURDIR)/tests/bench/peers.txt
+
+vllm-environment: setup ## vllm on the CPU, for `labkit bench`: 6 GB more, once
+	@.venv/uv/bin/uv venv --quiet --allow-existing --python $(BIN)/python .venv-vllm
+	@cd / && $(CURDIR)/.venv/uv/bin/uv pip install --quiet --python $(CURDIR)/.venv-vllm/bin/python \
+	    --requirements $(CURDIR)/tests/bench/vllm.txt --override $(CURDIR)/tests/bench/vllm-overrides.txt
 
 lint: setup ## style, types and the direction of imports
 	$(BIN)/ruff check .

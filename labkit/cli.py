@@ -330,7 +330,7 @@ def bench_kernels(
     size: Annotated[int | None, typer.Option(help="Rows and columns of the weight; default: 4096.")] = None,
 ) -> None:
     """Products with a quantized weight beside onnxruntime, torch, bitsandbytes and memory itself: a minute."""
-    _bench(["kernels"], "kernels", threads, json, page, rounds=rounds, size=size)
+    _bench(["kernels"], threads, json, page, rounds=rounds, size=size)
 
 
 @bench_app.command("model")
@@ -342,8 +342,8 @@ def bench_model(
     model: ModelName = None,
     recipe: Beside = None,
 ) -> None:
-    """A whole model beside llama.cpp, transformers and torch: decoding, prompts, the first token: five minutes."""
-    _bench(["model"], "model", threads, json, page, rounds=rounds, model=model, recipe=recipe)
+    """A whole model beside llama.cpp, vllm, transformers and torch: decoding, prompts, the first token: ten minutes."""
+    _bench(["model"], threads, json, page, rounds=rounds, model=model, recipe=recipe)
 
 
 @bench_app.command("serve")
@@ -355,7 +355,7 @@ def bench_serve(
     model: ModelName = None,
 ) -> None:
     """`labkit serve` beside the same without a compiler, by one request and by eight: two minutes."""
-    _bench(["serve"], "serve", threads, json, page, rounds=rounds, model=model)
+    _bench(["serve"], threads, json, page, rounds=rounds, model=model)
 
 
 @bench_app.command("quantize")
@@ -366,8 +366,8 @@ def bench_quantize(
     rounds: Rounds = None,
     model: ModelName = None,
 ) -> None:
-    """GPTQ beside llm-compressor, k-means beside scikit-learn: ten minutes."""
-    _bench(["quantize"], "quantize", threads, json, page, rounds=rounds, model=model)
+    """GPTQ beside llm-compressor, k-means beside scikit-learn: five minutes."""
+    _bench(["quantize"], threads, json, page, rounds=rounds, model=model)
 
 
 @bench_app.command("all")
@@ -382,12 +382,11 @@ def bench_all(
     """All of these, one after another: less than twenty minutes on two cores."""
     from labkit.bench.suite import KINDS
 
-    _bench(KINDS, "all", threads, json, page, rounds=rounds, model=model, recipe=recipe)
+    _bench(KINDS, threads, json, page, rounds=rounds, model=model, recipe=recipe)
 
 
 def _bench(
     kinds: Sequence[str],
-    word: str,
     threads: int,
     json: Path | None,
     page: Path | None,
@@ -399,10 +398,7 @@ def _bench(
 ) -> None:
     from labkit.bench import measure, suite
 
-    given = {"--rounds": rounds, "--model": model, "--recipe": recipe, "--size": size}
-    words = ["labkit", "bench", word, "--threads", str(threads)]
-    words += [part for name, value in given.items() if value is not None for part in (name, str(value))]
-    setting = measure.Setting(threads, shlex.join(words))
+    setting = measure.Setting(threads, "")  # each kind says how it is repeated
     works = suite.run(kinds, setting, name=model, recipe=recipe, rounds=rounds, size=size)
     rows: list[measure.Row] = []
     for some in measure.kept(works, json):

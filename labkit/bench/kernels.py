@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
@@ -24,7 +24,6 @@ from labkit.bench.measure import Contender, Row, Setting, Unit, invited
 from labkit.bench.pipe import Peer
 from labkit.kernels import Prepared, build, prepare
 from labkit.kernels.arena import Arena
-from labkit.kernels.native_cpu import settle
 from labkit.quant import QuantizedTensor, QuantSpec, encode, fit
 
 SIZE = 4096
@@ -100,8 +99,8 @@ class Products:
     def __init__(self, weight: Prepared | Tensor, dtype: torch.dtype = torch.float32) -> None:
         self.bytes, self._dtype, self._next = weight.nbytes, dtype, 0
         self.kernel = "linear" if isinstance(weight, Tensor) else weight.backend
-        self._copies = [weight, *(_copy(weight) for _ in range(int(STREAMED // self.bytes)))]
-        settle(self._copies)  # as the engine has them
+        copies = [weight, *(_copy(weight) for _ in range(int(STREAMED // self.bytes)))]
+        self._copies = in_large_pages(copies)  # as the engine has them
 
     def contender(self, name: str, x: Tensor) -> Contender:
         """x (rows, in). A turn goes through the copies for ``TURN`` seconds."""
@@ -152,6 +151,8 @@ def bitsandbytes(weight: Tensor, x: Tensor) -> Contender:
     layers = [layer() for _ in range(1 + STREAMED // size)]
     for made in layers:  # lays its weight out when it is first called
         made(half)
+    for made, weight in zip(layers, in_large_pages([made.weight.data for made in layers]), strict=True):
+        made.weight.data = weight
 
     @torch.inference_mode()
     def turn() -> float:
@@ -189,6 +190,17 @@ def _timed(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def in_large_pages(weights: Sequence[Any]) -> list[Any]:
+    """Tensors, or weights laid out for a kernel, with their numbers in one stretch of pages as large as there are."""
+    held = [part for weight in weights for part in ([weight] if isinstance(weight, Tensor) else vars(weight).values())]
+    arena = Arena(Arena.nbytes([part for part in held if isinstance(part, Tensor)]))
+    for weight in weights:
+        for name, part in {} if isinstance(weight, Tensor) else vars(weight).items():
+            if isinstance(part, Tensor):
+                setattr(weight, name, arena.take(part))
+    return [arena.take(weight) if isinstance(weight, Tensor) else weight for weight in weights]
 
 
 def _copy(weight: Any) -> Any:

@@ -101,7 +101,11 @@ def model(
         at = PROMPT + TOGETHER // 2
         yield setting.rows(
             f"decode, {SEQUENCES} sequences at once", Unit("tokens/s", SEQUENCES * TOGETHER, rate=True),
-            fast.decode(prompts, TOGETHER, at), [llama.decode("Q4_0", prompts, TOGETHER, at, goal=1.5)],
+            fast.decode(prompts, TOGETHER, at),
+            [
+                llama.decode("Q4_0", prompts, TOGETHER, at, goal=1.5),
+                vllm(original, scratch, setting.threads, stack, prompts, at, goal=1.5),
+            ],
             rounds=rounds,
         )  # fmt: skip
         prompt = prompt_of(original, PREFILL)
@@ -329,14 +333,38 @@ def transformers(
 
     def make() -> Contender:
         peer = stack.enter_context(Peer("transformers", threads))
-        peer.ask("open", str(write_folder(original, scratch / "reference")), threads)
-        weights = sum(2 * linear.weight.shape.numel() for linear in original.linears().values())
+        peer.ask("open", str(write_folder(original, scratch / "for transformers")), threads)
         return Contender(
             name, peer.ask("version"), lambda: peer.seconds("decode", prompt, TOKENS), head="bfloat16",
-            bytes=per_token(weights, original, at, 1, 16), kl=reference.of_windows(logits_of(peer, scratch)),
+            bytes=per_token(bf16_bytes(original), original, at, 1, 16),
+            kl=reference.of_windows(logits_of(peer, scratch)),
         )  # fmt: skip
 
     return replace(invited(name, make), goal=goal)
+
+
+def vllm(
+    original: models.Llama, scratch: Path, threads: int, stack: ExitStack, prompts: list[list[int]], at: int,
+    goal: float,
+) -> Contender:  # fmt: skip
+    """vllm in bfloat16, in a process of its own."""
+    name = "vllm bf16"
+
+    def make() -> Contender:
+        peer = stack.enter_context(Peer("vllm", threads))
+        folder = write_folder(original, scratch / "for vllm")
+        peer.ask("open", str(folder), len(prompts), PROMPT + TOGETHER + 4, threads)
+        return Contender(
+            name, peer.ask("version"), lambda: peer.seconds("decode", prompts, TOGETHER), head="bfloat16",
+            bytes=per_token(bf16_bytes(original), original, at, len(prompts), 16),
+        )  # fmt: skip
+
+    return replace(invited(name, make), goal=goal)
+
+
+def bf16_bytes(original: models.Llama) -> float:
+    """Of all matrices."""
+    return sum(2.0 * linear.weight.shape.numel() for linear in original.linears().values())
 
 
 def start(

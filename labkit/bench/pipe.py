@@ -23,6 +23,7 @@ ENVIRONMENTS = {
     "llama_cpp": (".venv-peers", "make peers"),
     "onnxruntime": (".venv-peers", "make peers"),
     "llm_compressor": (".venv-parity", "make parity-environment"),
+    "vllm": (".venv-vllm", "make vllm-environment"),
 }
 
 
@@ -57,7 +58,9 @@ class Peer:
     def __init__(self, name: str, threads: int, command: Sequence[str | Path] | None = None) -> None:
         """Start it. ``command`` stands in for the peer's own, in tests. Raises PeerMissing."""
         self.name = name
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        # Large pages for what they read, as ours has: glibc asks for them where it is told to.
+        tuned = {"OMP_NUM_THREADS": str(threads), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        environment = {**os.environ, **tuned}
         if name in ENVIRONMENTS:
             environment.pop("PYTHONPATH", None)  # of this environment, not of the peer's
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the process

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 
@@ -19,8 +19,9 @@ import torch
 
 import labkit
 from labkit import models
-from labkit.bench.measure import Contender, Row, Setting, Unit
+from labkit.bench.measure import Contender, Row, Setting, Unit, invited
 from labkit.bench.pipe import PeerFailed
+from labkit.serving.step import Step
 
 RECIPE = "w4a16-rtn-g64"  # torch has an operator for it, too
 REQUESTS = (1, 8)
@@ -35,15 +36,26 @@ def serve(setting: Setting, name: str | None = None, rounds: int = ROUNDS) -> It
     """A row for each number of requests at once. ``name`` as ``models.load`` takes it."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="labkit-bench-"))) / "served"
-        models.save(models.quantize(models.load(name, seed=0), RECIPE), folder)
-        ours = stack.enter_context(Server(folder, setting.threads))
-        torchs = stack.enter_context(Server(folder, setting.threads, CXX=NO_COMPILER))
+        made = models.quantize(models.load(name, seed=0), RECIPE)
+        models.save(made, folder)
+        step = "its own step" if Step.why_not(made) is None else "the model's pass"
         version = f"labkit {labkit.__version__}, torch {torch.__version__}"
+
+        @cache
+        def server(**environment: str) -> Server:
+            return stack.enter_context(Server(folder, setting.threads, **environment))
+
+        def contender(name: str, how: str, count: int, **environment: str) -> Contender:
+            def make() -> Contender:
+                return Contender(name, f"{version}, {how}", partial(server(**environment).turn, count))
+
+            return invited(name, make)
+
         for count in REQUESTS:
             yield setting.rows(
                 f"labkit serve, requests at once: {count}, tokens of each: {TOKENS}", Unit("tokens/s", rate=True),
-                Contender(RECIPE, f"{version}, its own step", partial(ours.turn, count)),
-                [Contender("the same without a compiler", f"{version}, torch's int4 op", partial(torchs.turn, count))],
+                contender(RECIPE, step, count),
+                [contender("the same without a compiler", "torch's int4 op", count, CXX=NO_COMPILER)],
                 rounds=rounds,
             )  # fmt: skip
 
@@ -69,16 +81,19 @@ class Server:
             raise PeerFailed(f"`{' '.join(command[2:])}` did not become ready: {self._said.read().decode()[-300:]}")
 
     def turn(self, count: int) -> float:
-        """Seconds for each token of ``count`` requests at once, their prompts and HTTP among them."""
+        """Seconds for each token of ``count`` requests at once, with their prompts and HTTP. Raises PeerFailed."""
         import httpx
 
         body = {"model": "served", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
         with httpx.Client(base_url=self._url, timeout=READY) as client, ThreadPoolExecutor(count) as pool:
             start = time.perf_counter()
-            answers = [
-                answer.raise_for_status().json()
-                for answer in pool.map(lambda _: client.post("/completions", json=body), range(count))
-            ]
+            try:
+                answers = [
+                    answer.raise_for_status().json()
+                    for answer in pool.map(lambda _: client.post("/completions", json=body), range(count))
+                ]
+            except httpx.HTTPError as error:
+                raise PeerFailed(f"the server did not answer: {error}") from error
             seconds = time.perf_counter() - start
         return seconds / sum(answer["usage"]["completion_tokens"] for answer in answers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -9,7 +10,13 @@ import torch
 
 from labkit.bench.measure import Row, Setting
 
-KINDS = ("kernels", "model", "serve", "quantize")
+OPTIONS = {  # of each kind, beside --threads
+    "kernels": ("rounds", "size"),
+    "model": ("rounds", "model", "recipe"),
+    "serve": ("rounds", "model"),
+    "quantize": ("rounds", "model"),
+}
+KINDS = tuple(OPTIONS)
 COLUMNS = ("work", "ours", "", "beside", "", "unit", "ratio", "goal", "KL ours / theirs")
 
 
@@ -32,9 +39,14 @@ def run(
     torch.set_num_threads(setting.threads)
     more = {} if rounds is None else {"rounds": rounds}
 
+    given = {"rounds": rounds, "size": size, "model": name, "recipe": recipe}
+
     def part(kind: str) -> Setting:
-        """Of a run of everything each row says the command that repeats it alone."""
-        return replace(setting, command=setting.command.replace("bench all", f"bench {kind}"))
+        """With the command that repeats this kind alone."""
+        words = ["labkit", "bench", kind, "--threads", str(setting.threads)]
+        for option in OPTIONS[kind]:
+            words += [] if given[option] is None else [f"--{option}", str(given[option])]
+        return replace(setting, command=shlex.join(words))
 
     if "kernels" in kinds:
         from labkit.bench.kernels import SIZE, kernels

@@ -14,13 +14,15 @@ class Arena:
     """Room for tensors, which live there as long as one of them does.
 
     A processor looks up the address of each page anew, and reads ahead to a page's end only: out of pages of 2 MB
-    instead of 4 KB, weights come a quarter faster. Linux gives such pages to who asks; elsewhere this is memory as any.
+    instead of 4 KB, weights come 8 % faster. Linux gives such pages to who asks; elsewhere this is memory as any.
     """
 
     def __init__(self, nbytes: int) -> None:
-        memory = mmap.mmap(-1, max(nbytes, 1))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # private, since large pages of shared memory are a setting of its own
+            memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             memory.madvise(mmap.MADV_HUGEPAGE)
+        else:
+            memory = mmap.mmap(-1, max(nbytes, 1))
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self._taken = 0
 

@@ -28,7 +28,7 @@ class KVSpec:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            format = format_of(getattr(self, f.name), f"kv.{f.name}")
+            format = format_of(str(getattr(self, f.name)), f"kv.{f.name}")
             if isinstance(format, QuantSpec):
                 object.__setattr__(self, f.name, str(format))
 
@@ -51,7 +51,7 @@ def format_of(name: str, where: str = "kv") -> torch.dtype | QuantSpec:
     if name in DTYPES:
         return DTYPES[name]
     try:
-        spec = QuantSpec.parse(str(name))
+        spec = QuantSpec.parse(name)
     except ValueError as error:
         raise ValueError(f"{where} must be one of {', '.join(DTYPES)} or a spec of integers: {error}") from None
     if not spec.is_integer or spec.zero not in ("none", "int") or spec.scale not in _SCALES:

@@ -96,12 +96,16 @@ class Store:
         spec = self.format
         if isinstance(spec, torch.dtype):
             return [x.to(spec)]
+        # What is no number stays with its token: others of the same step must not fail for it.
+        whole = x.isfinite().all(dim=-1, keepdim=True)  # (..., 1)
+        x = torch.where(whole, x, 0)
         found = encode(x, spec, fit(x, spec))
         codes = (found.codes.short() - spec.code_range[0]).byte()
         if spec.bits <= 4:
             codes = codes[..., ::2] | codes[..., 1::2] << 4
-        groups = [part for part in (found.scale, found.zero) if isinstance(part, Tensor)]
-        return [codes, *(part.view(*x.shape[:-1], -1) for part in groups)]
+        assert isinstance(found.scale, Tensor)
+        scale = found.scale.view(*x.shape[:-1], -1).masked_fill(~whole, torch.nan)
+        return [codes, scale, *([] if found.zero is None else [found.zero.view(scale.shape)])]
 
 
 class KVCache:

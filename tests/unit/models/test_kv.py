@@ -46,6 +46,7 @@ def test_one_format_has_one_name() -> None:
         ("int4 32x1", "span several tokens"),
         ("int4 b64", "span several tokens"),
         (8, "kv.value must be one of"),
+        (["int8", "channel"], "kv.value must be one of"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(text: str, said: str) -> None:

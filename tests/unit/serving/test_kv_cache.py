@@ -178,6 +178,18 @@ def test_rows_of_equal_length_need_no_mask():
     assert keys.shape == values.shape == (2, 2, 4, 6) and torch.equal(keys, values)
 
 
+def test_what_is_no_number_stays_with_its_request_as_codes_too():
+    kv = KVSpec("int8 channel", "int4 channel asym")
+    cache = KVCache(config(windows=(None, None)), max_batch=2, max_len=8, kv=kv)
+    for id in (0, 1):
+        cache.add(id)
+    x = torch.randn(2, 2, 3, 6)
+    x[0, 1, 2, 4] = float("inf")
+    for found, near in zip(cache.batch([0, 1], 3).update(1, x, x), (0.02, 0.3), strict=False):
+        assert found[0, 1, 2].isnan().all() and found[0].isfinite().sum() == 2 * 3 * 6 - 6
+        torch.testing.assert_close(found[1], x[1], rtol=0, atol=near)
+
+
 def test_a_request_that_wrote_nan_leaves_nothing_behind():
     cache = KVCache(config(windows=(None, None)), max_batch=3, max_len=8)
     for id, tokens in [(0, 2), (1, 7), (2, 6)]:
