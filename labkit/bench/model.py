@@ -333,7 +333,7 @@ def transformers(
 
     def make() -> Contender:
         peer = stack.enter_context(Peer("transformers", threads))
-        peer.ask("open", str(write_folder(original, scratch / "for transformers")), threads)
+        peer.ask("open", str(reference_folder(original, scratch)), threads)
         return Contender(
             name, peer.ask("version"), lambda: peer.seconds("decode", prompt, TOKENS), head="bfloat16",
             bytes=per_token(bf16_bytes(original), original, at, 1, 16),
@@ -352,7 +352,7 @@ def vllm(
 
     def make() -> Contender:
         peer = stack.enter_context(Peer("vllm", threads))
-        folder = write_folder(original, scratch / "for vllm")
+        folder = reference_folder(original, scratch)
         peer.ask("open", str(folder), len(prompts), PROMPT + TOGETHER + 4, threads)
         return Contender(
             name, peer.ask("version"), lambda: peer.seconds("decode", prompts, TOGETHER), head="bfloat16",
@@ -360,6 +360,12 @@ def vllm(
         )  # fmt: skip
 
     return replace(invited(name, make), goal=goal)
+
+
+def reference_folder(original: models.Llama, scratch: Path) -> Path:
+    """The model in Hugging Face layout, written when first asked for."""
+    folder = scratch / "reference"
+    return folder if folder.exists() else write_folder(original, folder)
 
 
 def bf16_bytes(original: models.Llama) -> float:

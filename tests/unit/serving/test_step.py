@@ -340,15 +340,19 @@ def test_one_row_of_many_is_stepped_alone() -> None:
     same_cache(native, plain, 1e-4)
 
 
-def test_act_order_and_a_whole_recipe() -> None:
-    tiny = models.quantize(models.load("tiny"), "w3a16-gptq-g64-actorder")
-    assert Step.why_not(tiny) is None
-    params = SamplingParams(max_tokens=24, ignore_eos=True)
-    with Engine(tiny) as engine, Engine(tiny, native=False) as plain:
-        prompts = ["Call me", "The whale", "It was"]
+def same_text(llama: Llama, prompts: list[str], tokens: int) -> None:
+    """With the step and without it."""
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    with Engine(llama) as engine, Engine(llama, native=False) as plain:
         assert [c.text for c in engine.generate(prompts, params)] == [
             c.text for c in plain.generate(prompts, params)
         ]
+
+
+def test_act_order_and_a_whole_recipe() -> None:
+    tiny = models.quantize(models.load("tiny"), "w3a16-gptq-g64-actorder")
+    assert Step.why_not(tiny) is None
+    same_text(tiny, ["Call me", "The whale", "It was"], 24)
 
 
 @pytest.mark.parametrize("spec", [None, "int4 g16 asym", "int4 g16 asym, rounded"])
@@ -382,12 +386,7 @@ def test_a_rotated_checkpoint_writes_the_same_text(input: str | None) -> None:
         if name != "lm_head" and input is not None:
             linear.input = QuantSpec.parse(input)
     assert Step.why_not(tiny) is None
-    params = SamplingParams(max_tokens=16, ignore_eos=True)
-    with Engine(tiny) as engine, Engine(tiny, native=False) as plain:
-        prompts = ["Call me", "The whale", "It was the whale that we had seen before, and it was white."]
-        assert [c.text for c in engine.generate(prompts, params)] == [
-            c.text for c in plain.generate(prompts, params)
-        ]
+    same_text(tiny, ["Call me", "The whale", "It was the whale that we had seen before, and it was white."], 16)
 
 
 def test_what_it_does_not_take_is_named() -> None:
