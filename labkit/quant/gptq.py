@@ -97,20 +97,22 @@ def gptq(
 
     for i1 in range(0, columns, block_size):
         i2 = min(i1 + block_size, columns)
-        Err = torch.empty_like(W[:, i1:i2])
+        now = slice(i1, i2)
+        Err = torch.empty_like(W[:, now])
+        strips = (part.split(1, dim=1) for part in (W[:, now], scale[:, now], zero[:, now], Err))
         with _one_thread():
-            for j in range(i1, i2):
+            for j, w, s, z, err, u in zip(range(i1, i2), *strips, U[now, now].split(1), strict=True):
+                # Views, (out, 1) and u (1, block): cutting each out where it is used would take longer.
                 if not static and j % group == 0:
                     here = W[:, j : j + group]
                     fitted.append(fit(here, spec, observer))
                     cut = Blocks(tuple(here.shape), spec.block)
                     scale[:, j : j + group], zero[:, j : j + group] = _per_weight(fitted[-1], cut, W.dtype)
-                w, d = W[:, j], U[j, j]
-                q = grid.round(w, scale[:, j], zero[:, j])
-                Err[:, j - i1] = (w - q) / d
-                W[:, j] = q
-                _update_right(W[:, j + 1 : i2], Err[:, j - i1], U[j, j + 1 : i2], update)
-        W[:, i2:] -= Err @ U[i1:i2, i2:]
+                q = grid.round(w, s, z)
+                torch.sub(w, q, out=err).div_(u[:, j - i1])
+                w.copy_(q)
+                _update_right(W[:, j + 1 : i2], err, u[:, j - i1 + 1 :], update)
+        W[:, i2:].addmm_(Err, U[now, i2:], alpha=-1)
 
     # W lies on the grid now, so encode only names its codes.
     if static:
@@ -134,10 +136,11 @@ def _inverse_factor(H: Tensor, damp: float) -> Tensor:
     H = H.double() + torch.diag(torch.where(dead, mean, 0))  # invertible, and still apart from all others
     used = damp
     for _ in range(10):
-        L, failed = torch.linalg.cholesky_ex(H + used * mean * torch.eye(len(H)).to(H))
-        if not failed:
-            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-        if not failed:
+        # Back to front: H = R R^T with R upper triangular, so H^-1 = U^T U with U = R^-1. No second factor, and
+        # no inverse but a triangle's.
+        L, failed = torch.linalg.cholesky_ex((H + used * mean * torch.eye(len(H)).to(H)).flip(0, 1))
+        U = _inverse_triangle(L).flip(0, 1)
+        if not failed and bool(U.isfinite().all()):
             if used != damp:
                 message = (
                     f"the Hessian has no Cholesky factor with damp={damp:g}; went on with damp={used:g}"
@@ -149,6 +152,18 @@ def _inverse_factor(H: Tensor, damp: float) -> Tensor:
         f"the Hessian has no Cholesky factor even with damp={used / 10:g}: it must be a sum of x x^T, "
         f"symmetric and without negative eigenvalues"
     )
+
+
+def _inverse_triangle(L: Tensor) -> Tensor:
+    """L^-1 of a lower triangular L, by halves: nearly all of the work is products of matrices."""
+    half = len(L) // 2
+    if half < 128:
+        return torch.linalg.solve_triangular(L, torch.eye(len(L)).to(L), upper=False)
+    A, B, C = L[:half, :half], L[half:, half:], L[half:, :half]  # L = [A 0; C B]
+    inverse = torch.zeros_like(L)
+    inverse[:half, :half], inverse[half:, half:] = A, B = _inverse_triangle(A), _inverse_triangle(B)
+    inverse[half:, :half] = -B @ (C @ A)
+    return inverse
 
 
 @contextmanager
@@ -165,10 +180,11 @@ def _one_thread() -> Iterator[None]:
 
 
 def _update_right(right: Tensor, err: Tensor, hinv_row: Tensor, update: Update | None) -> None:
+    """In place: right (out, remaining) less err (out, 1) times hinv_row (1, remaining)."""
     if update is None:
-        right.addcmul_(err[:, None], hinv_row[None, :], value=-1)  # (out, remaining)
+        right.addcmul_(err, hinv_row, value=-1)
     elif right.shape[1]:
-        new = update(right, err, hinv_row)
+        new = update(right, err[:, 0], hinv_row[0])
         if new.shape != right.shape:
             raise ValueError(f"update must return shape {tuple(right.shape)}, found {tuple(new.shape)}")
         right.copy_(new)

@@ -171,7 +171,7 @@ def _round(x: Tensor) -> Tensor:
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale + scale.logical_not()  # 1 where it is 0
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PANEL = 192  # rows of H computed by one product
+
 
 @dataclass
 class Stats:
@@ -42,8 +44,12 @@ class Stats:
         if len(x) == 0:
             return
         self.samples += len(x)
-        self.hessian *= 1 - len(x) / self.samples
-        self.hessian.addmm_(x.T, x, alpha=1 / self.samples)
+        H = self.hessian
+        H *= 1 - len(x) / self.samples
+        # H is symmetric: what lies on the diagonal and right of it is enough.
+        for i in range(0, len(H), PANEL):
+            H[i : i + PANEL, i:].addmm_(x[:, i : i + PANEL].T, x[:, i:], alpha=1 / self.samples)
+        H.copy_(H.triu() + H.triu(1).T)
 
 
 def hessian_of(stats: Stats | None, weight: Tensor, method: str) -> Tensor:

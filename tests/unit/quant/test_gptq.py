@@ -125,6 +125,22 @@ def test_mse_grids_are_the_best_of_a_hundred(zero: str, static: bool):
         assert not torch.equal(found.scale, gptq(weight, spec, stats, static_groups=static).scale)
 
 
+def test_equals_the_optimal_brain_quantizer_on_a_wide_matrix():
+    weight, inputs = correlated(3, 601, 0)
+    stats = Stats.of(inputs)
+    expected = optimal_brain_quantizer(weight, damped(stats.hessian), list(range(601)), 4, True, None)
+    found = gptq(weight, QuantSpec.parse("int4 channel asym"), stats)
+    torch.testing.assert_close(found.dequantize(torch.float64), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("columns", [1, 191, 192, 193, 601])
+def test_the_hessian_is_the_mean_of_x_x_t_and_exactly_symmetric(columns: int):
+    inputs = torch.randn(50, columns, generator=torch.Generator().manual_seed(columns)).double()
+    H = Stats.of(inputs).hessian
+    torch.testing.assert_close(H.numpy(), inputs.numpy().T @ inputs.numpy() / 50, rtol=1e-12, atol=1e-12)
+    assert torch.equal(H, H.T)
+
+
 def test_hand_worked():
     # H = [[2, 1], [1, 1]]: H^-1 = [[1, -1], [-1, 2]]. Rounding column 0 from 0.4 to 0 moves column 1 by
     # -(0.4 - 0) / 1 * -1 = +0.4: 1.2 becomes 1.6, which rounds to 2. Column 2 sets the scale to 1, apart.
