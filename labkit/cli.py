@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -328,9 +328,15 @@ def bench_kernels(
     page: Page = None,
     rounds: Rounds = None,
     size: Annotated[int | None, typer.Option(help="Rows and columns of the weight; default: 4096.")] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="cuda: the kernels for GPUs, on the first that there is.")
+    ] = "cpu",
 ) -> None:
-    """Products with a quantized weight beside onnxruntime, torch, bitsandbytes and memory itself: a minute."""
-    _bench(["kernels"], threads, json, page, rounds=rounds, size=size)
+    """Products with a quantized weight beside onnxruntime, torch, bitsandbytes and memory itself: a minute.
+
+    On a GPU: beside torch's bf16, and torchao, bitsandbytes and vllm's Marlin where they are installed; attention, too.
+    """
+    _bench(["kernels"], threads, json, page, rounds=rounds, size=size, device=device)
 
 
 @bench_app.command("model")
@@ -395,11 +401,12 @@ def _bench(
     model: str | None = None,
     recipe: str | None = None,
     size: int | None = None,
+    device: str = "cpu",
 ) -> None:
     from labkit.bench import measure, suite
 
     setting = measure.Setting(threads, "")  # each kind says how it is repeated
-    works = suite.run(kinds, setting, name=model, recipe=recipe, rounds=rounds, size=size)
+    works = suite.run(kinds, setting, name=model, recipe=recipe, rounds=rounds, size=size, device=device)
     rows: list[measure.Row] = []
     for some in measure.kept(works, json):
         rows += some

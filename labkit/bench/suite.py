@@ -11,7 +11,7 @@ import torch
 from labkit.bench.measure import Row, Setting
 
 OPTIONS = {  # of each kind, beside --threads
-    "kernels": ("rounds", "size"),
+    "kernels": ("rounds", "size", "device"),
     "model": ("rounds", "model", "recipe"),
     "serve": ("rounds", "model"),
     "quantize": ("rounds", "model"),
@@ -28,6 +28,7 @@ def run(
     recipe: str | None = None,
     rounds: int | None = None,
     size: int | None = None,
+    device: str = "cpu",
 ) -> Iterator[list[Row]]:
     """The rows of these kinds of work, as many at once as a work has peers.
 
@@ -35,11 +36,13 @@ def run(
     recipe  what stands beside llama.cpp
     rounds  of every work, instead of its own number
     size    rows and columns of the weight that the kernels multiply by
+    device  that they run on: "cpu", or "cuda" for those in Triton
     """
     torch.set_num_threads(setting.threads)
     more = {} if rounds is None else {"rounds": rounds}
 
     given = {"rounds": rounds, "size": size, "model": name, "recipe": recipe}
+    given["device"] = None if device == "cpu" else device
 
     def part(kind: str) -> Setting:
         """With the command that repeats this kind alone."""
@@ -48,7 +51,12 @@ def run(
             words += [] if given[option] is None else [f"--{option}", str(given[option])]
         return replace(setting, command=shlex.join(words))
 
-    if "kernels" in kinds:
+    if "kernels" in kinds and device != "cpu":
+        from labkit.bench.gpu import ROUNDS, SHAPES, gpu
+
+        shapes = SHAPES if size is None else [(size, size)]
+        yield from gpu(part("kernels"), device, rounds or ROUNDS, shapes=shapes)
+    elif "kernels" in kinds:
         from labkit.bench.kernels import SIZE, kernels
 
         yield from kernels(part("kernels"), size or SIZE, **more)

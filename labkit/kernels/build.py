@@ -64,7 +64,8 @@ def declared(made: ctypes.CDLL) -> ctypes.CDLL:
     made.labkit_linear.argtypes = [pointer, pointer, pointer, long, ctypes.c_int]
     made.labkit_step.argtypes = [*[pointer] * 3, long, *[pointer] * 2, long, pointer, long, pointer, ctypes.c_int]
     made.labkit_sum.argtypes = [pointer, long, ctypes.c_int]
-    made.labkit_linear.restype = made.labkit_step.restype = None
+    made.labkit_columns.argtypes = [pointer, ctypes.c_int]
+    made.labkit_linear.restype = made.labkit_columns.restype = made.labkit_step.restype = None
     made.labkit_sum.restype = ctypes.c_float
     made.labkit_arithmetic.restype = ctypes.c_char_p
     return made

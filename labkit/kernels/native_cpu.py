@@ -135,9 +135,10 @@ class NativeCpu:
 
     def _product(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.shape[1]).float().contiguous()
-        y = torch.empty(len(rows), self.shape[0])
+        count = rows.shape[0]  # of a tensor, len takes a microsecond
+        y = torch.empty(count, self.shape[0])
         build.library(self._march).labkit_linear(
-            ctypes.byref(self.native()), rows.data_ptr(), y.data_ptr(), len(rows), torch.get_num_threads()
+            ctypes.byref(self.native()), rows.data_ptr(), y.data_ptr(), count, torch.get_num_threads()
         )
         return y.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
 

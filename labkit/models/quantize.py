@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from labkit.kernels.columns import faster
 from labkit.models.calibrate import Inputs, ModelStats, bar, shared_copy, walk
 from labkit.models.fingerprint import code, fingerprint
 from labkit.models.fisher import fisher, fisher_bytes
@@ -215,7 +216,8 @@ def _apply(
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            found = methods[_method(rule)](linear.weight, rule.weight, stats, **rule.options)
+            method = faster(methods[_method(rule)])
+            found = method(linear.weight, rule.weight, stats, **rule.options)
     except ValueError as error:
         raise ValueError(f"{name}: method {rule.method!r} failed: {error}") from error
     for warning in said:

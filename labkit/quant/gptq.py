@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from labkit.quant.tensor import Params, QuantizedTensor
 
 # update(weights_right (out, remaining), error (out,), hinv_row (remaining,)) -> new weights_right
 Update = Callable[[Tensor, Tensor, Tensor], Tensor]
+# columns(W, scale, zero, U, Err, grid, start, stop), as round_columns
+Columns = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Grid, int, int], None]
 
 
 class GPTQWarning(UserWarning):
@@ -46,6 +49,7 @@ def gptq(
     static_groups: bool = False,
     observer: str | Observer = "minmax",
     update: Update | None = None,
+    columns: Columns | None = None,
 ) -> QuantizedTensor:
     """``weight`` (out_features, in_features) on the grid of ``spec``, so that W X changes little.
 
@@ -63,6 +67,7 @@ def gptq(
     update         your own rank-one update, for W[:, j+1:] - err U[j, j+1:] within a block: takes
                    weights_right (out, remaining), error (out,) and hinv_row (remaining,), returns
                    the new weights_right. It gets views and may work in place
+    columns        your own loop over a block's columns, instead of ``round_columns``, in which ``update`` is
 
     A column whose input was always 0 is rounded to nearest: nothing is known of it. (The authors' code
     sets it to 0, which is harsh after a short calibration.) Where H has no Cholesky factor, damping is
@@ -70,23 +75,27 @@ def gptq(
     factorised in float64.
     Raises ValueError for shapes that do not fit, an H that is not finite or that no damping helps.
     """
+    if columns is None:
+        columns = partial(round_columns, update=update)
+    elif update is not None:
+        raise ValueError("update stands in labkit's own loop over columns: give one of update and columns")
     check_finite(weight)
     W = working(weight.detach())
     H = hessian_of(stats, W, "gptq")
     if W.numel() == 0:
         return encode(W, spec, fit(W, spec, observer))
-    rows, columns = W.shape
-    blocks, grid = Blocks((rows, columns), spec.block), Grid(spec)
-    group = columns if isinstance(spec.block, int) else blocks.size[1]
-    static = static_groups or group == columns or isinstance(spec.scale, QuantSpec)
+    rows, in_features = W.shape
+    blocks, grid = Blocks((rows, in_features), spec.block), Grid(spec)
+    group = in_features if isinstance(spec.block, int) else blocks.size[1]
+    static = static_groups or group == in_features or isinstance(spec.scale, QuantSpec)
     if not static:
         block_size = -(-block_size // group) * group  # a group in one block: its columns are up to date
 
-    order = torch.arange(columns, device=W.device)
+    order = torch.arange(in_features, device=W.device)
     if act_order:
         order = H.diagonal().argsort(descending=True, stable=True)
     back = torch.argsort(order)
-    U = _inverse_factor(H[order][:, order], damp).to(W.dtype)
+    U = _inverse_factor(H[order][:, order], damp).to(W.dtype).contiguous()
     W = _columns_contiguous(W[:, order])
     scale, zero = torch.empty_like(W), torch.empty_like(W)  # of every weight
     fitted: list[Params] = []
@@ -95,23 +104,19 @@ def gptq(
         for dense, part in zip((scale, zero), _per_weight(fitted[0], blocks, W.dtype), strict=True):
             dense.copy_(part[:, order])
 
-    for i1 in range(0, columns, block_size):
-        i2 = min(i1 + block_size, columns)
+    for i1 in range(0, in_features, block_size):
+        i2 = min(i1 + block_size, in_features)
         now = slice(i1, i2)
         Err = torch.empty_like(W[:, now])
-        strips = (part.split(1, dim=1) for part in (W[:, now], scale[:, now], zero[:, now], Err))
-        with _one_thread():
-            for j, w, s, z, err, u in zip(range(i1, i2), *strips, U[now, now].split(1), strict=True):
-                # Views, (out, 1) and u (1, block): cutting each out where it is used would take longer.
-                if not static and j % group == 0:
-                    here = W[:, j : j + group]
-                    fitted.append(fit(here, spec, observer))
-                    cut = Blocks(tuple(here.shape), spec.block)
-                    scale[:, j : j + group], zero[:, j : j + group] = _per_weight(fitted[-1], cut, W.dtype)
-                q = grid.round(w, s, z)
-                torch.sub(w, q, out=err).div_(u[:, j - i1])
-                w.copy_(q)
-                _update_right(W[:, j + 1 : i2], err, u[:, j - i1 + 1 :], update)
+        block = W[:, now], scale[:, now], zero[:, now], U[now, now], Err
+        for start in range(0, i2 - i1, block_size if static else group):
+            stop = min(start + (block_size if static else group), i2 - i1)
+            if not static:
+                here = slice(i1 + start, i1 + stop)
+                fitted.append(fit(W[:, here], spec, observer))
+                cut = Blocks((rows, stop - start), spec.block)
+                scale[:, here], zero[:, here] = _per_weight(fitted[-1], cut, W.dtype)
+            columns(*block, grid, start, stop)
         W[:, i2:].addmm_(Err, U[now, i2:], alpha=-1)
 
     # W lies on the grid now, so encode only names its codes.
@@ -136,17 +141,16 @@ def _inverse_factor(H: Tensor, damp: float) -> Tensor:
     H = H.double() + torch.diag(torch.where(dead, mean, 0))  # invertible, and still apart from all others
     used = damp
     for _ in range(10):
-        # Back to front: H = R R^T with R upper triangular, so H^-1 = U^T U with U = R^-1. No second factor, and
-        # no inverse but a triangle's.
+        # Back to front: H = R R^T with R upper triangular, so H^-1 = U^T U with U = R^-1, the
+        # inverse of a triangle and not of H.
         L, failed = torch.linalg.cholesky_ex((H + used * mean * torch.eye(len(H)).to(H)).flip(0, 1))
-        U = _inverse_triangle(L).flip(0, 1)
-        if not failed and bool(U.isfinite().all()):
+        if not failed:
             if used != damp:
                 message = (
                     f"the Hessian has no Cholesky factor with damp={damp:g}; went on with damp={used:g}"
                 )
                 warnings.warn(GPTQWarning(message, used), stacklevel=3)
-            return U
+            return _inverse_triangle(L).flip(0, 1)
         used = max(10 * used, 1e-6)
     raise ValueError(
         f"the Hessian has no Cholesky factor even with damp={used / 10:g}: it must be a sum of x x^T, "
@@ -177,6 +181,32 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def round_columns(
+    W: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    U: Tensor,
+    Err: Tensor,
+    grid: Grid,
+    start: int,
+    stop: int,
+    update: Update | None = None,
+) -> None:
+    """Round the columns ``start`` to ``stop`` of a block one by one; those to their right make up for each.
+
+    W, scale, zero, Err (out, block) and U (block, block) are the block's part of each matrix. W gets the rounded
+    columns and the block's others as they are then, Err (w - q) / d of each column that was rounded.
+    """
+    strips = (part[:, start:stop].split(1, dim=1) for part in (W, scale, zero, Err))
+    with _one_thread():
+        for j, w, s, z, err, u in zip(range(start, stop), *strips, U[start:stop].split(1), strict=True):
+            # Views, (out, 1) and u (1, block): cutting each out where it is used would take longer.
+            q = grid.round(w, s, z)
+            torch.sub(w, q, out=err).div_(u[:, j])
+            w.copy_(q)
+            _update_right(W[:, j + 1 :], err, u[:, j + 1 :], update)
 
 
 def _update_right(right: Tensor, err: Tensor, hinv_row: Tensor, update: Update | None) -> None:

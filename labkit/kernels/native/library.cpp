@@ -1,5 +1,6 @@
 // What Python calls, by ctypes: build.py compiles this file, native_cpu.py and step.py pass it pointers.
 
+#include "columns.h"
 #include "product.h"
 #include "step.h"
 
@@ -40,6 +41,9 @@ float labkit_sum(const float* x, long count, int threads) {
     }
     return total;
 }
+
+// A block of GPTQ: see columns.h.
+void labkit_columns(const Columns* columns, int threads) { round_columns(*columns, threads); }
 
 // New tokens of some sequences: see step.h.
 void labkit_step(const Model* model, const Cache* cache, const int32_t* table, long pages, const int64_t* positions, float* x,
