@@ -185,8 +185,7 @@ def decode(engine: Engine, prompts: list[list[int]], tokens: int) -> float:
     try:
         next(streams[-1])
         start = time.perf_counter()
-        for _ in streams[-1]:
-            pass
+        streams[-1].result()
         return time.perf_counter() - start
     finally:
         for stream in streams:

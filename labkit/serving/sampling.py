@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,7 +58,7 @@ def choose(logits: Tensor, params: SamplingParams, draw: random.Random) -> int:
     """
     values = logits.numpy()  # whose argmax is several times as fast as torch's, and finds NaN first
     top = values[best := int(values.argmax())]
-    if not np.isfinite(top):
+    if not math.isfinite(top):
         raise ValueError(f"the model's largest logit is {top}; its weights or this prompt overflow")
     if params.temperature == 0:
         return best

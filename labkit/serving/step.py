@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.kernels import best, build
@@ -117,15 +118,12 @@ class Step:
 
     def __call__(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Logits (B, vocab) float32 about what follows the last of ``tokens`` (B, T), the new ones of each request."""
-        count, length = tokens.shape
-        x = self._enter(self._embedding[tokens]).contiguous()  # (B, T, hidden)
+        count = tokens.shape[0]
+        x = self._enter(F.embedding(tokens, self._embedding)).contiguous()  # (B, T, hidden)
         logits = torch.empty(count, self._vocab)
-        positions = batch.positions.contiguous()  # (B, T)
-        wanted = torch.arange(length - 1, tokens.numel(), length)  # (B,): each request's last row
         self._library.labkit_step(
             ctypes.byref(self._model), ctypes.byref(self._cache), batch.table.data_ptr(), batch.table.shape[1],
-            positions.data_ptr(), x.data_ptr(), tokens.numel(), wanted.data_ptr(), count, logits.data_ptr(),
-            torch.get_num_threads(),
+            batch.positions.data_ptr(), x.data_ptr(), tokens.numel(), count, logits.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return logits
 

@@ -69,10 +69,40 @@ class Completion:
         return len(self.tokens)
 
 
+class Bell:
+    """Who waits for one thing to happen: threads, and coroutines of any event loop. The lock is its channel's."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._rung = threading.Condition(lock)
+        self._futures: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+
+    def ring(self) -> bool:
+        """Wake all; False where somebody's event loop has been closed, so that nobody waits there any more."""
+        self._rung.notify_all()
+        futures, self._futures = self._futures, []
+        all_there = True
+        for loop, future in futures:
+            try:
+                loop.call_soon_threadsafe(_resolve, future)
+            except RuntimeError:
+                all_there = False
+        return all_there
+
+    def wait_for(self, happened: Callable[[], object], timeout: float | None) -> bool:
+        return bool(self._rung.wait_for(happened, timeout))
+
+    def future(self) -> asyncio.Future[None]:
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self._futures.append((loop, future))
+        return future
+
+
 class Channel:
     """Where the engine's thread leaves tokens and one caller's thread or event loop picks them up.
 
-    The engine holds the channel, never the Stream, so that an abandoned Stream can be noticed.
+    The engine holds the channel, never the Stream, so that an abandoned Stream can be noticed. Who waits for the whole
+    answer is not woken by its tokens: on few cores that would take one from the step that makes the next.
     """
 
     def __init__(self, prompt_tokens: int) -> None:
@@ -82,68 +112,64 @@ class Channel:
         self.error: BaseException | None = None
         self._tokens: list[Token] = []
         self._unread: deque[Token] = deque()
-        self._changed = threading.Condition()
-        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._lock = threading.Lock()
+        self._arrived, self._ended = Bell(self._lock), Bell(self._lock)
 
     @property
     def finished(self) -> bool:
         return self.completion is not None or self.error is not None
 
     def put(self, token: Token) -> None:
-        with self._changed:
+        with self._lock:
             self._tokens.append(token)
             self._unread.append(token)
-            self._wake()
+            self._ring(self._arrived)
 
     def finish(self, reason: FinishReason) -> None:
-        with self._changed:
+        with self._lock:
             if not self.finished:
                 text = "".join(token.text for token in self._tokens)
                 self.completion = Completion(text, tuple(self._tokens), reason, self.prompt_tokens)
-                self._wake()
+                self._ring(self._arrived, self._ended)
 
     def fail(self, error: BaseException) -> None:
-        with self._changed:
+        with self._lock:
             if not self.finished:
                 self.error = error
-                self._wake()
+                self._ring(self._arrived, self._ended)
 
-    def _wake(self) -> None:
-        self._changed.notify_all()
-        waiters, self._waiters = self._waiters, []
-        for loop, future in waiters:
-            try:
-                loop.call_soon_threadsafe(_resolve, future)
-            except RuntimeError:  # that event loop has been closed: nobody waits there any more
+    def _ring(self, *bells: Bell) -> None:
+        for bell in bells:
+            if not bell.ring():
                 self.cancelled = True
 
     def read(self, timeout: float | None = None) -> Token | None:
         """The next token, waiting for it; None when there are no more. Raises the request's error."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._unread or self.finished, timeout):
+        with self._lock:
+            if not self._arrived.wait_for(lambda: self._unread or self.finished, timeout):
                 raise TimeoutError(f"no token within {timeout} s")
             return self._take()
 
     async def read_async(self) -> Token | None:
         while True:
-            with self._changed:
+            with self._lock:
                 if self._unread or self.finished:
                     return self._take()
-                future = self._wait()
+                future = self._arrived.future()
             await future
 
     def wait(self, timeout: float | None = None) -> Completion:
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.finished, timeout):
+        with self._lock:
+            if not self._ended.wait_for(lambda: self.finished, timeout):
                 raise TimeoutError(f"the request has not finished within {timeout} s")
             return self._completion()
 
     async def wait_async(self) -> Completion:
         while True:
-            with self._changed:
+            with self._lock:
                 if self.finished:
                     return self._completion()
-                future = self._wait()
+                future = self._ended.future()
             await future
 
     def _take(self) -> Token | None:
@@ -158,12 +184,6 @@ class Channel:
             raise self.error
         assert self.completion is not None
         return self.completion
-
-    def _wait(self) -> asyncio.Future[None]:
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        self._waiters.append((loop, future))
-        return future
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -18,7 +18,7 @@ void labkit_linear(const Linear* weight, const float* x, float* y, long rows, in
     for (long m = 0; m < rows; m++) input.row(w, m);
 #pragma omp parallel for schedule(static) num_threads(parts) if (parts > 1)
     for (long part = 0; part < parts; part++)
-        products(w, panels * part / parts, panels * (part + 1) / parts, input, [&](long n, long first, int count, const float* found) {
+        products(w, panels * part / parts, panels * (part + 1) / parts, input, w.codes_of(panels * part / parts), [&](long n, long first, int count, const float* found) {
             for (int m = 0; m < count; m++)
                 std::memcpy(y + (first + m) * w.out + n * LANES, found + m * LANES, w.stored(n) * sizeof(float));
         });
@@ -32,9 +32,10 @@ float labkit_sum(const float* x, long count, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : total)
     for (long part = 0; part < threads; part++) {
         Floats sum[SUMS] = {zeros(), zeros(), zeros(), zeros()};
+        const Stretch here = {(const uint8_t*)(x + count), (const uint8_t*)x};
         for (long b = blocks * part / threads; b < blocks * (part + 1) / threads; b++) {
             const float* p = x + b * SUMS * LANES;
-            fetch_ahead(p, sizeof(float) * SUMS * LANES);
+            fetch_ahead((const uint8_t*)p, sizeof(float) * SUMS * LANES, here);
             for (int i = 0; i < SUMS; i++) sum[i] = add(sum[i], load(p + i * LANES));
         }
         for (const Floats& one : sum) total += sum_of(one);
@@ -47,7 +48,7 @@ void labkit_columns(const Columns* columns, int threads) { round_columns(*column
 
 // New tokens of some sequences: see step.h.
 void labkit_step(const Model* model, const Cache* cache, const int32_t* table, long pages, const int64_t* positions, float* x,
-                 long rows, const int64_t* wanted, long count, float* logits, int threads) {
-    step(*model, *cache, table, pages, positions, x, rows, wanted, count, logits, threads);
+                 long rows, long count, float* logits, int threads) {
+    step(*model, *cache, table, pages, positions, x, rows, count, logits, threads);
 }
 }

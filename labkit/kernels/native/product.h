@@ -41,6 +41,7 @@ struct Linear {
 
     long panels() const { return (out + LANES - 1) / LANES; }
     long groups() const { return (in + width - 1) / width; }
+    const uint8_t* codes_of(long n) const { return codes + n * LANES * in * bits / 8; }
     long stored(long panel) const { return std::min<long>(LANES, out - panel * LANES); }
     // A run's inputs share step and scale. Of the two widths one is a multiple of the other, or as long as the row.
     long run() const { return std::min(width, input_width); }
@@ -190,11 +191,11 @@ constexpr int sums_of(int rows) {
 
 // y (ROWS, 16): the products of rows first, first + 1, ... with one panel, of float32.
 template <int ROWS, class Codes, class Stored>
-void panel(const Linear& w, long n, const Input& input, long first, float* y) {
+void panel(const Linear& w, long n, const Input& input, long first, const Stretch& here, float* y) {
     constexpr int SUMS = sums_of(ROWS);
     const Codes codes(w.table);
     const long groups = w.groups(), in = w.in;
-    const uint8_t* p = w.codes + n * (in / CHUNK) * Codes::BYTES;
+    const uint8_t* p = w.codes_of(n);
     const Stored* scale = (const Stored*)w.scale + n * groups * LANES;
     const Stored* offset = w.offset ? (const Stored*)w.offset + n * groups * LANES : nullptr;
     const float *x = input.x + first * in, *sums = input.sums.data() + first * groups;
@@ -205,7 +206,7 @@ void panel(const Linear& w, long n, const Input& input, long first, float* y) {
         for (auto& row : sum)
             for (auto& one : row) one = zeros();
         for (const long end = std::min(in, k + w.width); k < end; k += CHUNK, p += Codes::BYTES) {
-            fetch_ahead(p, Codes::BYTES);
+            fetch_ahead(p, Codes::BYTES, here);
             codes.chunk(p, [&](int i, const Floats& value) {
                 for (int m = 0; m < ROWS; m++)
                     sum[m][i % SUMS] = multiply_add(value, all(x[m * in + k + i]), sum[m][i % SUMS]);
@@ -223,9 +224,9 @@ void panel(const Linear& w, long n, const Input& input, long first, float* y) {
 
 // The same of rounded rows, run after run.
 template <int ROWS, class Codes, class Stored>
-void rounded_panel(const Linear& w, long n, const Input& input, long first, float* y) {
+void rounded_panel(const Linear& w, long n, const Input& input, long first, const Stretch& here, float* y) {
     const long groups = w.groups(), in = w.in, length = w.run();
-    const uint8_t* p = w.codes + n * (in / CHUNK) * Codes::BYTES;
+    const uint8_t* p = w.codes_of(n);
     const Stored* scale = (const Stored*)w.scale + n * groups * LANES;
     const Stored* offset = w.offset ? (const Stored*)w.offset + n * groups * LANES : nullptr;
     const int8_t* x = &input.codes[first * in];
@@ -236,7 +237,7 @@ void rounded_panel(const Linear& w, long n, const Input& input, long first, floa
         Ints sum[ROWS];
         for (int m = 0; m < ROWS; m++) sum[m] = all_of(run[m].start);
         for (const long end = std::min(in, k + length); k < end; k += CHUNK, p += Codes::BYTES, x += ROWS * CHUNK) {
-            fetch_ahead(p, Codes::BYTES);
+            fetch_ahead(p, Codes::BYTES, here);
             Codes::fours(p, [&](int i, const Words& codes) {
                 for (int m = 0; m < ROWS; m++) sum[m] = Codes::times(sum[m], codes, four(x + (i * ROWS + m) * 4));
             });
@@ -255,11 +256,11 @@ void rounded_panel(const Linear& w, long n, const Input& input, long first, floa
 }
 
 template <class Codes, class Stored, int ROWS = TILE>
-void tile(int rows, const Linear& w, long n, const Input& input, long first, float* y) {
+void tile(int rows, const Linear& w, long n, const Input& input, long first, const Stretch& here, float* y) {
     if constexpr (ROWS > 0) {
-        if (rows < ROWS) tile<Codes, Stored, ROWS - 1>(rows, w, n, input, first, y);
-        else if (w.input_width) rounded_panel<ROWS, Codes, Stored>(w, n, input, first, y);
-        else panel<ROWS, Codes, Stored>(w, n, input, first, y);
+        if (rows < ROWS) tile<Codes, Stored, ROWS - 1>(rows, w, n, input, first, here, y);
+        else if (w.input_width) rounded_panel<ROWS, Codes, Stored>(w, n, input, first, here, y);
+        else panel<ROWS, Codes, Stored>(w, n, input, first, here, y);
     }
 }
 
@@ -302,7 +303,7 @@ inline void plain(int rows, const Linear& w, long n, const float* x, float* y) {
 
 // The same of a weight of 4 bits whose rows have their own tables, by stretches of x that stay in the nearest cache.
 template <int ROWS, class Stored>
-void own_tables(const Linear& w, long n, const float* x, float* y) {
+void own_tables(const Linear& w, long n, const float* x, const Stretch& here, float* y) {
     constexpr long INPUTS = LANES * CHUNK, STRETCH = 8192 / ROWS / INPUTS * INPUTS;
     constexpr int SUMS = sums_of(ROWS);
     std::fill(y, y + ROWS * LANES, 0);
@@ -319,7 +320,7 @@ void own_tables(const Linear& w, long n, const float* x, float* y) {
                 for (auto& one : row) one = zeros();
             long left = (w.width - start % w.width) / LANES;  // sixteens of the group
             for (long k = start; k < std::min<long>(w.in, start + STRETCH); k += INPUTS, p += Four::BYTES) {
-                fetch_ahead(p, Four::BYTES);
+                fetch_ahead(p, Four::BYTES, here);
                 codes.chunk(p, [&](int i, const Floats& value) {
                     if (left == 0) step = all(number(*scale++)), left = w.width / LANES;
                     left--;
@@ -336,37 +337,38 @@ void own_tables(const Linear& w, long n, const float* x, float* y) {
 }
 
 template <class Stored, int ROWS = TILE>
-void own_tile(int rows, const Linear& w, long n, const float* x, float* y) {
+void own_tile(int rows, const Linear& w, long n, const float* x, const Stretch& here, float* y) {
     if constexpr (ROWS > 0) {
-        if (rows < ROWS) own_tile<Stored, ROWS - 1>(rows, w, n, x, y);
-        else own_tables<ROWS, Stored>(w, n, x, y);
+        if (rows < ROWS) own_tile<Stored, ROWS - 1>(rows, w, n, x, here, y);
+        else own_tables<ROWS, Stored>(w, n, x, here, y);
     }
 }
 
 // y (rows, 16), rows up to TILE: the products of rows first, first + 1, ... with panel n, and the bias.
-inline void product(const Linear& w, long n, const Input& input, long first, int rows, float* y) {
+inline void product(const Linear& w, long n, const Input& input, long first, int rows, const Stretch& here, float* y) {
     if (w.bits == 32) plain(rows, w, n, input.x + first * w.in, y);
-    else if (w.own && w.half) own_tile<uint16_t>(rows, w, n, input.x + first * w.in, y);
-    else if (w.own) own_tile<float>(rows, w, n, input.x + first * w.in, y);
-    else if (w.bits == 4 && w.half) tile<Four, uint16_t>(rows, w, n, input, first, y);
-    else if (w.bits == 4) tile<Four, float>(rows, w, n, input, first, y);
-    else if (w.half) tile<Eight, uint16_t>(rows, w, n, input, first, y);
-    else tile<Eight, float>(rows, w, n, input, first, y);
+    else if (w.own && w.half) own_tile<uint16_t>(rows, w, n, input.x + first * w.in, here, y);
+    else if (w.own) own_tile<float>(rows, w, n, input.x + first * w.in, here, y);
+    else if (w.bits == 4 && w.half) tile<Four, uint16_t>(rows, w, n, input, first, here, y);
+    else if (w.bits == 4) tile<Four, float>(rows, w, n, input, first, here, y);
+    else if (w.half) tile<Eight, uint16_t>(rows, w, n, input, first, here, y);
+    else tile<Eight, float>(rows, w, n, input, first, here, y);
     for (int m = 0; w.bias && m < rows; m++)
         for (long j = 0; j < w.stored(n); j++) y[m * LANES + j] += w.bias[n * LANES + j];
 }
 
 // Calls each(n, first, rows, y) with the products of panels from..to, tile after tile of rows. Panels are taken in blocks
-// that stay in the core's own cache while all rows pass.
+// that stay in the core's own cache while all rows pass. `next` is what this thread reads after them.
 template <class Each>
-void products(const Linear& w, long from, long to, const Input& input, Each each) {
+void products(const Linear& w, long from, long to, const Input& input, const uint8_t* next, Each each) {
     const long bytes = std::max<long>(1, w.in * LANES * w.bits / 8), block = std::max(1L, (256L << 10) / bytes);
+    const Stretch here = {w.codes_of(to), next};
     float y[TILE * LANES];
     for (long start = from; start < to; start += block)
         for (long first = 0; first < input.rows; first += TILE) {
             const int rows = std::min<long>(TILE, input.rows - first);
             for (long n = start; n < std::min(to, start + block); n++) {
-                product(w, n, input, first, rows, y);
+                product(w, n, input, first, rows, here, y);
                 each(n, first, rows, y);
             }
         }

@@ -308,9 +308,9 @@ inline void join(const float* results, const float* logs, long pieces, long coun
 }
 
 // x (rows, hidden): the new tokens' embeddings on the way in, of `count` sequences as many each, whose pages stand in table (count,
-// pages). Row r's token stands at positions[r] of its sequence. logits (count, vocab) of the rows wanted[0], wanted[1], ...
+// pages). Row r's token stands at positions[r] of its sequence. logits (count, vocab) of each sequence's last row.
 inline void step(const Model& model, const Cache& cache, const int32_t* table, long pages, const int64_t* positions, float* x,
-                 long rows, const int64_t* wanted, long count, float* logits, int threads) {
+                 long rows, long count, float* logits, int threads) {
     const long hidden = model.hidden, size = model.head_dim, half = size / 2, group = model.heads / model.kv_heads;
     const long q_size = model.heads * size, kv_size = model.kv_heads * size;
     std::vector<float> q(rows * q_size), k(rows * kv_size), v(rows * kv_size);
@@ -338,12 +338,13 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
             for (long m = 0; m < rows; m++) rms_norm(&x[m * hidden], weight, hidden, model.eps, &normed[m * hidden]);
         };
         // This thread's share of a product, given to `put` as it comes: put(row, first output, how many, their values).
-        // `given` is null where it is what the last product was given.
-        const auto share = [&](const Linear& w, const float* given, long rows, auto put) {
+        // `given` is null where it is what the last product was given. `next` is whose weights this thread reads then: the
+        // first of them are on their way while it computes what lies between.
+        const auto share = [&](const Linear& w, const float* given, long rows, const Linear& next, auto put) {
             if (given) last = given;
             if (given || !input.fits(w)) input.take(w, last, rows);
             const long panels = w.panels();
-            products(w, panels * part / parts, panels * (part + 1) / parts, input,
+            products(w, panels * part / parts, panels * (part + 1) / parts, input, next.codes_of(next.panels() * part / parts),
                      [&](long n, long first, int count, const float* y) {
                          for (int m = 0; m < count; m++) put(first + m, n * LANES, w.stored(n), y + m * LANES);
                      });
@@ -362,9 +363,9 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
         for (long l = 0; l < model.layers; l++) {
             const Layer& layer = model.layer[l];
             norm(layer.input_norm);
-            share(layer.q, normed.data(), rows, into(q.data(), q_size));
-            share(layer.k, nullptr, rows, into(k.data(), kv_size));
-            share(layer.v, nullptr, rows, into(v.data(), kv_size));
+            share(layer.q, normed.data(), rows, layer.k, into(q.data(), q_size));
+            share(layer.k, nullptr, rows, layer.v, into(k.data(), kv_size));
+            share(layer.v, nullptr, rows, layer.o, into(v.data(), kv_size));
             barrier->wait();
             const auto seen_by = [&](long m, long h) {  // what row m sees with its head h
                 const auto pages_of = [&](const Kept& kept) { return Pages(kept, l, model.kv_heads, h, size); };
@@ -403,11 +404,11 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
             }
             barrier->wait();
             if (pieces > 1) join(mixed.data(), logs.data(), pieces, rows * model.heads, size, joined.data());
-            share(layer.o, pieces > 1 ? joined.data() : mixed.data(), rows, onto_x);
+            share(layer.o, pieces > 1 ? joined.data() : mixed.data(), rows, layer.gate, onto_x);
             barrier->wait();
             norm(layer.post_norm);
-            share(layer.gate, normed.data(), rows, into(inner.data(), model.intermediate));
-            share(layer.up, nullptr, rows, [&](long m, long n, long count, const float* values) {
+            share(layer.gate, normed.data(), rows, layer.up, into(inner.data(), model.intermediate));
+            share(layer.up, nullptr, rows, layer.down, [&](long m, long n, long count, const float* values) {
                 float* gate = &inner[m * model.intermediate + n];  // its panel is this thread's too
 #pragma omp simd
                 for (long j = 0; j < count; j++) gate[j] = gate[j] / (1 + exp_of(-gate[j])) * values[j];
@@ -417,16 +418,16 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
                 for (long m = part; m < rows; m += parts) turn(layer.mix, model.intermediate, &inner[m * model.intermediate]);
                 barrier->wait();
             }
-            share(layer.down, inner.data(), rows, onto_x);
+            share(layer.down, inner.data(), rows, l + 1 < model.layers ? model.layer[l + 1].q : model.head, onto_x);
             barrier->wait();
         }
         for (long m = 0; m < count; m++) {
             float* row = &normed[m * hidden];
-            std::memcpy(row, x + wanted[m] * hidden, hidden * sizeof(float));
+            std::memcpy(row, x + ((m + 1) * each - 1) * hidden, hidden * sizeof(float));
             if (model.leave.base) turn(model.leave, hidden, row);
             rms_norm(row, model.norm, hidden, model.eps, row);
         }
-        share(model.head, normed.data(), count, into(logits, model.head.out));
+        share(model.head, normed.data(), count, model.layer[0].q, into(logits, model.head.out));
     }
 }
 
