@@ -46,6 +46,7 @@ Product = Callable[[Tensor], Tensor]
 US = Unit("microseconds", 1e6)
 
 
+@torch.inference_mode()  # while it runs, not while whoever reads its rows does
 def gpu(
     setting: Setting,
     device: str = "cuda",
@@ -66,25 +67,23 @@ def gpu(
     if where.type == "cuda":
         if not torch.cuda.is_available():
             raise RuntimeError(
-                "labkit bench --device cuda needs an NVIDIA GPU and a torch built for it; torch finds none, so nothing "
-                "was measured. `labkit doctor` says what is here; without --device the CPU's kernels are measured"
+                "labkit bench kernels --device cuda needs an NVIDIA GPU and a torch built for it; torch finds none, "
+                "so nothing was measured. `labkit doctor` says what is here; without --device the CPU is measured"
             )
         name = torch.cuda.get_device_name(where)
     setting = replace(setting, facts=setting.facts | {"machine": name})
     torch.manual_seed(0)
-    with torch.inference_mode():
-        for out, inputs in shapes:
-            yield from products(setting, where, out, inputs, rounds, streamed)
-        for requests, tokens in contexts:
-            yield from attention(setting, where, requests, tokens, rounds, streamed)
+    for out, inputs in shapes:
+        yield from products(setting, where, out, inputs, rounds, streamed)
+    for requests, tokens in contexts:
+        yield from attention(setting, where, requests, tokens, rounds, streamed)
 
 
 def products(
     setting: Setting, device: torch.device, out: int, inputs: int, rounds: int, streamed: int
 ) -> Iterator[list[Row]]:
-    dtype = (
-        torch.bfloat16 if device.type == "cuda" else torch.float32
-    )  # the interpreter's are wrong in bfloat16
+    """Of each format of ours by some rows, and of memory by one. ``streamed``: bytes of its copies in four bits."""
+    dtype = _dtype(device)
     copies = 1 + 2 * streamed // (out * inputs)
     weights = [torch.randn(out, inputs, device=device, dtype=dtype) / inputs**0.5 for _ in range(copies)]
     held = {format: [_prepared(weight, format) for weight in weights] for format in BESIDE}
@@ -133,7 +132,7 @@ def attention(
     """A step of decoding: one query for each request and head, keys and values of the whole context as codes."""
     from labkit.kernels.gpu.attention import Held, attend
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = _dtype(device)
     shape = requests, KV_HEADS, tokens, WIDTH
     numbers = 2 * requests * KV_HEADS * tokens * WIDTH  # of keys and values
     pairs = [
@@ -175,16 +174,18 @@ def bitsandbytes(weights: Sequence[Tensor]) -> tuple[str, list[Product], int]:
 
 
 def torchao(weights: Sequence[Tensor]) -> tuple[str, list[Product], int]:
-    """Its int4 in groups of 64, in the layout it takes where none is named."""
+    """Its int4 in groups of 64, in the layout of torch's own kernel: that which it takes by default wants mslk."""
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
+    from torchao.quantization.quantize_.workflows import Int4PackingFormat
 
+    config = Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D)
     calls: list[Product] = []
     for weight in weights:
         linear = torch.nn.Linear(
             weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype
         )
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-        quantize_(linear, Int4WeightOnlyConfig(group_size=GROUP))
+        quantize_(linear, config)
         calls.append(linear)
     return _version("torchao"), calls, weights[0].numel() // 2 + weights[0].numel() // GROUP * 4
 
@@ -226,12 +227,16 @@ def seconds(runs: Sequence[Callable[[], object]], device: torch.device) -> float
             run()
         return (time.perf_counter() - began) / len(runs)
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(CYCLES * len(runs))
-    start.record()
-    for run in runs:
-        run()
-    stop.record()
-    torch.cuda.synchronize(device)
+    for tries in range(5):  # of whoever waits for the GPU in each call, the last is taken: that is its time
+        torch.cuda._sleep(CYCLES * len(runs) << tries)
+        start.record()
+        for run in runs:
+            run()
+        queued_in_time = not start.query()
+        stop.record()
+        torch.cuda.synchronize(device)
+        if queued_in_time:
+            break
     return start.elapsed_time(stop) / 1000 / len(runs)
 
 
@@ -246,9 +251,7 @@ def _guest(name: str, make: Callable[[], tuple[str, list[Product], int]]) -> Cal
     try:
         held = make()
     except ImportError as missing:
-        held = PeerMissing(
-            f"{name}: {missing.name or missing} is not installed; it is no part of `make setup`"
-        )
+        held = PeerMissing(f"{name}: {missing}; install {missing.name or name.split()[0]} beside labkit to measure it")
     except Exception as error:
         held = PeerFailed(f"{name}: {type(error).__name__}: {error}")
 
@@ -288,6 +291,10 @@ def _quantized(x: Tensor, format: str) -> QuantizedTensor:
 
 def _version(package: str) -> str:
     return f"{package} {importlib.metadata.version(package)}"
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32  # the interpreter is wrong in bfloat16
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+import labkit.kernels
 import labkit.quant
 from labkit.models.llama import Llama
 from labkit.models.recipe import Recipe
 
 _PARTS = ["awq", "calibrate", "fisher", "fold", "protocol", "quantize", "rotate", "texts", "train"]
+_KERNELS = ["build.py", "columns.py", "native/columns.h", "native/vectors.h"]
 
 
 def fingerprint(recipe: Recipe, model: Llama, *more: object) -> str:
@@ -32,6 +34,8 @@ def code() -> str:
         digest.update(path.read_bytes())
     for part in _PARTS:
         digest.update(Path(__file__).with_name(f"{part}.py").read_bytes())
+    for part in _KERNELS:
+        digest.update((Path(labkit.kernels.__file__).parent / part).read_bytes())
     return digest.hexdigest()
 
 

@@ -216,7 +216,9 @@ def _apply(
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            method = faster(methods[_method(rule)])
+            method = methods[_method(rule)]
+            if "update" not in rule.options:  # which has its place in the plain loop
+                method = faster(method)
             found = method(linear.weight, rule.weight, stats, **rule.options)
     except ValueError as error:
         raise ValueError(f"{name}: method {rule.method!r} failed: {error}") from error

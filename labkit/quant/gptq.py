@@ -67,13 +67,15 @@ def gptq(
     update         your own rank-one update, for W[:, j+1:] - err U[j, j+1:] within a block: takes
                    weights_right (out, remaining), error (out,) and hinv_row (remaining,), returns
                    the new weights_right. It gets views and may work in place
-    columns        your own loop over a block's columns, instead of ``round_columns``, in which ``update`` is
+    columns        your own loop over a block's columns, called and doing as ``round_columns``, in which ``update``
+                   has its place: give one of the two
 
     A column whose input was always 0 is rounded to nearest: nothing is known of it. (The authors' code
     sets it to 0, which is harsh after a short calibration.) Where H has no Cholesky factor, damping is
     raised tenfold until it has, with a GPTQWarning. W is float32, or float64 if it came so; H is
     factorised in float64.
-    Raises ValueError for shapes that do not fit, an H that is not finite or that no damping helps.
+    Raises ValueError for shapes that do not fit, an H that is not finite or that no damping helps, and for both
+    update and columns.
     """
     if columns is None:
         columns = partial(round_columns, update=update)
@@ -113,7 +115,8 @@ def gptq(
             stop = min(start + (block_size if static else group), i2 - i1)
             if not static:
                 here = slice(i1 + start, i1 + stop)
-                fitted.append(fit(W[:, here], spec, observer))
+                with _one_thread():
+                    fitted.append(fit(W[:, here], spec, observer))
                 cut = Blocks((rows, stop - start), spec.block)
                 scale[:, here], zero[:, here] = _per_weight(fitted[-1], cut, W.dtype)
             columns(*block, grid, start, stop)

@@ -199,7 +199,7 @@ class Batch:
 
     def __init__(self, cache: KVCache, ids: list[int], tables: list[list[int]], starts: list[int], tokens: int) -> None:
         self.ids = ids
-        self.positions = torch.tensor([range(start, start + tokens) for start in starts])  # (B, T)
+        self.positions = torch.tensor([range(start, start + tokens) for start in starts], dtype=torch.int64)  # (B, T)
         self._cache, self._seen = cache, max(starts) + tokens
         self._level = len(set(starts)) == 1  # all rows at the same place
         width = panels(self._seen)

@@ -70,9 +70,12 @@ class Completion:
 
 
 class Bell:
-    """Who waits for one thing to happen: threads, and coroutines of any event loop. The lock is its channel's."""
+    """Who waits for one thing to happen: threads, and coroutines of any event loop. The lock is its channel's.
 
-    def __init__(self, lock: threading.Lock) -> None:
+    Every method but ``__init__`` is called while the lock is held.
+    """
+
+    def __init__(self, lock: threading.RLock) -> None:
         self._rung = threading.Condition(lock)
         self._futures: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
@@ -88,12 +91,20 @@ class Bell:
                 all_there = False
         return all_there
 
+    @property
+    def deserted(self) -> bool:
+        """Whether somebody's event loop was closed before the bell rang."""
+        return any(loop.is_closed() for loop, _ in self._futures)
+
     def wait_for(self, happened: Callable[[], object], timeout: float | None) -> bool:
+        """Sleep until ``happened()``, which is asked now and after each ring; False after ``timeout`` seconds."""
         return bool(self._rung.wait_for(happened, timeout))
 
     def future(self) -> asyncio.Future[None]:
+        """What the running event loop can wait for: done at the next ring."""
         loop = asyncio.get_running_loop()
         future = loop.create_future()
+        self._futures = [(other, waiting) for other, waiting in self._futures if not waiting.done()]  # or given up
         self._futures.append((loop, future))
         return future
 
@@ -112,7 +123,7 @@ class Channel:
         self.error: BaseException | None = None
         self._tokens: list[Token] = []
         self._unread: deque[Token] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._arrived, self._ended = Bell(self._lock), Bell(self._lock)
 
     @property
@@ -124,6 +135,8 @@ class Channel:
             self._tokens.append(token)
             self._unread.append(token)
             self._ring(self._arrived)
+            if self._ended.deserted:
+                self.cancelled = True
 
     def finish(self, reason: FinishReason) -> None:
         with self._lock:

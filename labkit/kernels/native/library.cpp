@@ -1,4 +1,4 @@
-// What Python calls, by ctypes: build.py compiles this file, native_cpu.py and step.py pass it pointers.
+// What Python calls, by ctypes: build.py compiles this file, native_cpu.py, columns.py and step.py pass it pointers.
 
 #include "columns.h"
 #include "product.h"
@@ -17,11 +17,13 @@ void labkit_linear(const Linear* weight, const float* x, float* y, long rows, in
 #pragma omp parallel for schedule(static) num_threads(parts) if (parts > 1 && rows > TILE)
     for (long m = 0; m < rows; m++) input.row(w, m);
 #pragma omp parallel for schedule(static) num_threads(parts) if (parts > 1)
-    for (long part = 0; part < parts; part++)
-        products(w, panels * part / parts, panels * (part + 1) / parts, input, w.codes_of(panels * part / parts), [&](long n, long first, int count, const float* found) {
+    for (long part = 0; part < parts; part++) {
+        const long from = panels * part / parts, to = panels * (part + 1) / parts;
+        products(w, from, to, input, w.codes_of(from), [&](long n, long first, int count, const float* found) {
             for (int m = 0; m < count; m++)
                 std::memcpy(y + (first + m) * w.out + n * LANES, found + m * LANES, w.stored(n) * sizeof(float));
         });
+    }
 }
 
 // The sum of x (count,), a multiple of 64: what reading memory costs, by the reads that products make and nothing else.

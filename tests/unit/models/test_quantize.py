@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from labkit import models
+from labkit.kernels.columns import faster
 from labkit.models.calibrate import shared_copy
 from labkit.quant import METHODS, QuantizedTensor, Stats, gptq, rtn
 
@@ -115,8 +117,22 @@ def test_gptq_gets_the_hessian_of_the_layer_and_the_options(tiny: models.Llama) 
     weight = tiny.linears()[name].weight
     found = result.linears()[name].weight
     assert isinstance(found, QuantizedTensor)
-    assert torch.equal(found.codes, gptq(weight, found.spec, stats, damp=0.1).codes)
-    assert not torch.equal(found.codes, gptq(weight, found.spec, stats, damp=1.0).codes)
+    assert torch.equal(found.codes, faster(gptq)(weight, found.spec, stats, damp=0.1).codes)
+    assert not torch.equal(found.codes, faster(gptq)(weight, found.spec, stats, damp=1.0).codes)
+
+
+def test_gptq_takes_an_update_of_ones_own(tiny: models.Llama) -> None:
+    def update(right: Tensor, err: Tensor, row: Tensor) -> Tensor:
+        seen.append(right.shape)
+        return right - torch.outer(err, row)
+
+    seen: list[torch.Size] = []
+    name = "model.layers.0.self_attn.q_proj"
+    recipe = small(f"match: '{name}', weight: int3 g64, method: gptq")
+    [rule, *rest] = recipe.rules
+    mine = replace(recipe, rules=(replace(rule, options={"update": update}), *rest))
+    found, plain = (models.quantize(tiny, r).linears()[name].weight for r in (mine, recipe))
+    assert seen and (found.codes != plain.codes).float().mean() < 0.01
 
 
 def test_the_seed_chooses_the_calibration_text(tiny: models.Llama) -> None:

@@ -79,6 +79,30 @@ def test_a_reader_and_one_who_waits_for_the_end_get_what_each_waits_for():
     assert read == TOKENS and ended[0].finish_reason == "stop"
 
 
+def test_so_does_one_of_somebody_who_waited_for_the_end():
+    channel = Channel(1)
+    gone = asyncio.new_event_loop()
+    with pytest.raises(TimeoutError):
+        gone.run_until_complete(asyncio.wait_for(channel.wait_async(), 0.01))
+    channel.put(TOKENS[0])
+    assert not channel.cancelled  # its loop may ask again
+    gone.close()
+    channel.put(TOKENS[1])
+    assert channel.cancelled
+
+
+def test_whoever_asks_again_and_again_leaves_nothing_behind():
+    channel = Channel(1)
+
+    async def ask() -> None:
+        for _ in range(20):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(channel.wait_async(), 0.001)
+
+    asyncio.run(ask())
+    assert len(channel._ended._futures) <= 1
+
+
 def test_a_failure_reaches_both():
     channel = Channel(1)
     channel.fail(RequestFailed("broken"))
