@@ -8,7 +8,6 @@ import pytest
 
 from labkit.models.fingerprint import code
 
-
 QUANTIZES = ["gptq.py", "grid.py", "quantize.py", "columns.py", "columns.h", "vectors.h", "build.py"]
 
 
