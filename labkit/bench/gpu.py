@@ -21,7 +21,7 @@ import labkit
 from labkit.bench.measure import Contender, Row, Setting, Unit, by_turns, invited
 from labkit.bench.pipe import PeerFailed, PeerMissing
 from labkit.kernels import prepare
-from labkit.quant import QuantizedTensor, QuantSpec, encode, fit
+from labkit.quant import QuantSpec, rtn
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]  # (out, in)
 ROWS = (1, 16, 256)
@@ -84,26 +84,20 @@ def products(
 ) -> Iterator[list[Row]]:
     """Of each format of ours by some rows, and of memory by one. ``streamed``: bytes of its copies in four bits."""
     dtype = _dtype(device)
-    copies = 1 + 2 * streamed // (out * inputs)
-    weights = [torch.randn(out, inputs, device=device, dtype=dtype) / inputs**0.5 for _ in range(copies)]
+    count = 1 + 2 * streamed // (out * inputs)
+    weights = [torch.randn(out, inputs, device=device, dtype=dtype) / inputs**0.5 for _ in range(count)]
     held = {format: [_prepared(weight, format) for weight in weights] for format in BESIDE}
 
-    def ours(format: str, x: Tensor) -> Contender:
-        return _contender(
-            f"{format}, triton_gpu", f"labkit {labkit.__version__}", held[format], x, held[format][0].nbytes
-        )
-
-    made: dict[str, Callable[[], tuple[str, list[Product], int]]] = {
-        "torchao int4": lambda: torchao(weights),
-        "vllm Marlin int4": lambda: marlin(weights),
-        "bitsandbytes nf4": lambda: bitsandbytes(weights),
-    }
-    guests = {name: _guest(name, make) for name, make in made.items()}
+    made = {"torchao int4": torchao, "vllm Marlin int4": marlin, "bitsandbytes nf4": bitsandbytes}
+    guests = {name: _guest(name, partial(make, weights)) for name, make in made.items()}
     plain: list[Product] = [partial(F.linear, weight=weight) for weight in weights]
     for rows in ROWS:
         x = torch.randn(rows, inputs, device=device, dtype=dtype)
         work = f"{rows} {'row' if rows == 1 else 'rows'} by {inputs} x {out}"
-        mine = {format: ours(format, x) for format in BESIDE}
+        mine = {
+            format: _contender(f"{format}, triton_gpu", f"labkit {labkit.__version__}", copies, x, copies[0].nbytes)
+            for format, copies in held.items()
+        }
         half = _contender(
             f"torch {_short(dtype)}", f"torch {torch.__version__}", plain, x, weights[0].nbytes
         )
@@ -149,12 +143,13 @@ def attention(
         f"torch {_short(dtype)}", f"torch {torch.__version__}", plain, q, numbers * q.element_size()
     )
     mine = []
-    for format, bits in (("int8 channel", 8), ("int4 channel asym", 4)):
+    for format in ("int8 channel", "int4 channel asym"):
+        spec = QuantSpec.parse(format)
         codes: list[Product] = [
-            partial(attend, keys=Held.of(_quantized(k, format)), values=Held.of(_quantized(v, format)))
+            partial(attend, keys=Held.of(rtn(k, spec)), values=Held.of(rtn(v, spec)))
             for k, v in pairs
         ]
-        mine.append(_contender(format, f"labkit {labkit.__version__}", codes, q, numbers * bits // 8))
+        mine.append(_contender(format, f"labkit {labkit.__version__}", codes, q, numbers * spec.bits // 8))
     work = f"attention of {requests} x {tokens} tokens"
     costs = _by_turns([*mine, half], rounds, work)
     for who in mine:
@@ -281,12 +276,7 @@ def _by_turns(contenders: Sequence[Contender], rounds: int, work: str) -> dict[s
 
 def _prepared(weight: Tensor, format: str):  # type: ignore[no-untyped-def]
     input = INT8 if format.startswith("int8") else None
-    return prepare(_quantized(weight, format), "triton_gpu", input)
-
-
-def _quantized(x: Tensor, format: str) -> QuantizedTensor:
-    spec = QuantSpec.parse(format)
-    return encode(x, spec, fit(x, spec))
+    return prepare(rtn(weight, QuantSpec.parse(format)), "triton_gpu", input)
 
 
 def _version(package: str) -> str:

@@ -24,7 +24,7 @@ from labkit.bench.measure import Contender, Row, Setting, Unit, invited
 from labkit.bench.pipe import Peer
 from labkit.kernels import Prepared, build, prepare
 from labkit.kernels.arena import Arena
-from labkit.quant import QuantizedTensor, QuantSpec, encode, fit
+from labkit.quant import QuantizedTensor, QuantSpec, rtn
 
 SIZE = 4096
 GROUP = 64
@@ -44,7 +44,7 @@ def kernels(setting: Setting, size: int = SIZE, rounds: int = ROUNDS) -> Iterato
     """The rows of one weight (size, size), work by work: one row streamed, several, many; and nf4."""
     torch.manual_seed(0)
     weight = torch.randn(size, size) / size**0.5
-    int4 = _encoded(weight, SPEC)
+    int4 = rtn(weight, QuantSpec.parse(SPEC))
     with ExitStack() as stack:
         ours = Products(prepare(int4, input=QuantSpec.parse(INPUT)))
         torch_int4, bf16 = Products(prepare(int4, "int4_cpu")), Products(weight.bfloat16(), torch.bfloat16)
@@ -86,7 +86,7 @@ def kernels(setting: Setting, size: int = SIZE, rounds: int = ROUNDS) -> Iterato
             f"{MANY} rows by {size} x {size}", ms, ours.contender(name, x[MANY]), peers(MANY, {}),
             rounds=max(1, rounds // 3), flop=MANY * flop,
         )  # fmt: skip
-        ours = Products(prepare(_encoded(weight, "nf4 b64")))
+        ours = Products(prepare(rtn(weight, QuantSpec.parse("nf4 b64"))))
         yield setting.rows(
             f"one row by {size} x {size}, nf4, streamed", us, ours.contender(f"nf4 b64, {ours.kernel}", x[1]), [nf4],
             rounds=rounds, flop=flop,
@@ -210,8 +210,3 @@ def _copy(weight: Any) -> Any:
         part for part in vars(weight).values() if isinstance(part, QuantizedTensor)
     ]  # not read by a product
     return deepcopy(weight, {id(part): part for part in shared})
-
-
-def _encoded(weight: Tensor, words: str) -> QuantizedTensor:
-    spec = QuantSpec.parse(words)
-    return encode(weight, spec, fit(weight, spec))

@@ -92,6 +92,7 @@ def gptq(
     static = static_groups or group == in_features or isinstance(spec.scale, QuantSpec)
     if not static:
         block_size = -(-block_size // group) * group  # a group in one block: its columns are up to date
+    stretch = block_size if static else group  # columns whose grids are known together
 
     order = torch.arange(in_features, device=W.device)
     if act_order:
@@ -111,8 +112,8 @@ def gptq(
         now = slice(i1, i2)
         Err = torch.empty_like(W[:, now])
         block = W[:, now], scale[:, now], zero[:, now], U[now, now], Err
-        for start in range(0, i2 - i1, block_size if static else group):
-            stop = min(start + (block_size if static else group), i2 - i1)
+        for start in range(0, i2 - i1, stretch):
+            stop = min(start + stretch, i2 - i1)
             if not static:
                 here = slice(i1 + start, i1 + stop)
                 with _one_thread():

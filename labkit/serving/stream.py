@@ -79,17 +79,15 @@ class Bell:
         self._rung = threading.Condition(lock)
         self._futures: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
-    def ring(self) -> bool:
-        """Wake all; False where somebody's event loop has been closed, so that nobody waits there any more."""
+    def ring(self) -> None:
+        """Wake all, but those whose event loop has been closed: nobody is there any more, and ``deserted`` says so."""
         self._rung.notify_all()
         futures, self._futures = self._futures, []
-        all_there = True
         for loop, future in futures:
             try:
                 loop.call_soon_threadsafe(_resolve, future)
             except RuntimeError:
-                all_there = False
-        return all_there
+                self._futures.append((loop, future))
 
     @property
     def deserted(self) -> bool:
@@ -135,8 +133,6 @@ class Channel:
             self._tokens.append(token)
             self._unread.append(token)
             self._ring(self._arrived)
-            if self._ended.deserted:
-                self.cancelled = True
 
     def finish(self, reason: FinishReason) -> None:
         with self._lock:
@@ -153,8 +149,9 @@ class Channel:
 
     def _ring(self, *bells: Bell) -> None:
         for bell in bells:
-            if not bell.ring():
-                self.cancelled = True
+            bell.ring()
+        if self._arrived.deserted or self._ended.deserted:
+            self.cancelled = True
 
     def read(self, timeout: float | None = None) -> Token | None:
         """The next token, waiting for it; None when there are no more. Raises the request's error."""
