@@ -1,8 +1,8 @@
 """The kernels for GPUs, beside torch in bfloat16 and beside others who multiply by four bits there.
 
-Shapes are those of Llama 3 8B. As on a CPU, everybody has copies of the weight that no cache holds together and takes
-them in turn. A launch takes the CPU longer than a small product takes the GPU, so all of a turn's launches wait in the
-queue before the first begins: the time is the GPU's alone.
+Shapes are those of Llama 3 8B, and the largest of 70B. As on a CPU, everybody has copies of the weight that no cache
+holds together and takes them in turn. A launch takes the CPU longer than a small product takes the GPU, so all of a
+turn's launches wait in the queue before the first begins: the time is the GPU's alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from labkit.bench.pipe import PeerFailed, PeerMissing
 from labkit.kernels import prepare
 from labkit.quant import QuantSpec, rtn
 
-SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]  # (out, in)
+SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]  # (out, in)
 ROWS = (1, 16, 256)
 CONTEXTS = [(1, 32768), (32, 4096)]  # requests, tokens of each
 HEADS, KV_HEADS, WIDTH = 32, 8, 128

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from labkit.quant import QuantizedTensor, QuantSpec
 
-ROUND = {"BLOCK": 1024, "num_warps": 4}
+ROUND = {"BLOCK": 4096, "num_warps": 8}
 LARGEST = 448.0  # of fp8_e4m3
 
 

@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from labkit.kernels.gpu import activations, attention, packing, product, w8a8
+from labkit.quant import Grid, QuantSpec
 
 SHARED = {
     80: 163 * 1024,
@@ -27,7 +29,8 @@ SHARED = {
     100: 227 * 1024,
 }  # bytes that one block may have (CUDA C Programming Guide)
 REGISTERS = 255  # of a thread, on all of them
-_ODD = {"rows", "splits", "parts", "group", "kv_heads", "count"}  # whole numbers that 16 need not divide
+# Whole numbers that 16 need not divide.
+_ODD = {"rows", "blocks", "groups", "per_group", "span", "parts", "group", "kv_heads", "count"}
 _INSTRUCTION = re.compile(r"\b((?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*)")
 
 Pointers = dict[str, str | None]
@@ -61,9 +64,9 @@ class Row:
 def cases() -> list[Case]:
     """Every kernel in the forms that are used."""
     symmetric: Pointers = {"zero": None, "table": None}
-    affine: Pointers = {"zero": "u8", "table": None}
+    affine: Pointers = {"zero": "fp16", "table": None}
     table: Pointers = {"zero": None, "table": "fp32"}
-    words: Pointers = {"words": "i32", "scale": "fp16", "bias": None, "y": "fp32"}
+    words: Pointers = {"words": "i16", "bias": None, "sums": "fp32", "arrived": "i32"}
     int8: Pointers = {
         "x": "i8",
         "x_scale": "fp32",
@@ -72,34 +75,36 @@ def cases() -> list[Case]:
         "bias": None,
         "y": "bf16",
     }
-    held: Pointers = {"q": "bf16", "keys": "i32", "k_scale": "fp32", "values": "i32", "v_scale": "fp32",
+    held: Pointers = {"q": "bf16", "keys": "i16", "k_scale": "fp32", "values": "i16", "v_scale": "fp32",
                       "lengths": "i32", "sums": "fp32", "logs": "fp32"}  # fmt: skip
     # A scale for each token and head; or KIVI's, one for each number of 32 tokens in keys. Ones are specialised.
-    token = {"k_tall": 1, "k_across": 1, "K_WHOLE": True}
-    kivi = {"k_wide": 1, "K_WHOLE": False}
-    four, eight = {"BITS": 4, "MIDDLE": 8, "K": 64}, {"BITS": 8, "MIDDLE": 128, "K": 64}
+    token = {"k_tall": 1, "k_across": 1, "K_WHOLE": True, "K_EVEN": False, "K_ALIKE": True}
+    kivi = {"k_wide": 1, "K_WHOLE": False, "K_EVEN": True, "K_ALIKE": False}
+    nf4 = product._inlaid(tuple(Grid(QuantSpec.parse("nf4 g64")).dequantize(torch.arange(16), torch.ones(())).tolist()),
+                          torch.bfloat16)  # fmt: skip
 
-    def of_words(name: str, x: str, zeros: Pointers, code: dict[str, Any], config: dict) -> Case:
-        kernel = product._tiles if "ROWS" in config else product._row
-        return Case(name, kernel, {"x": x, **words, **zeros}, code | config, "ROWS" in config)
+    def of_words(name: str, x: str, zeros: Pointers, bits: int, config: dict) -> Case:
+        code = {"BITS": bits, "MIDDLE": 2 ** (bits - 1), "UNIT": product.UNIT, "TABLE": nf4 if zeros["table"] else ""}
+        given = {"x": x, "y": x, **words, "scale": "fp16" if bits <= 4 else "fp32", **zeros}
+        return Case(name, product._product, given, code | config, True)
 
     def attend(name: str, zero: str | None, bits: int, keys: dict[str, Any]) -> Case:
-        code = {"K_BITS": bits, "V_BITS": bits, "K_MIDDLE": 2 ** (bits - 1), "V_MIDDLE": 2 ** (bits - 1)}
-        values = {"v_tall": 1, "v_across": 1, "V_WHOLE": True, "HEADS": 16, "D": 128}
+        code = {"K_BITS": bits, "V_BITS": bits, "HEADS": attention.LEAST, "WIDTH": 128}
+        values = {"v_tall": 1, "v_across": 1, "V_WHOLE": True, "V_EVEN": False, "V_ALIKE": True}
         zeros = {"k_zero": zero, "v_zero": zero}
-        return Case(name, attention._attend, held | zeros, code | keys | values | attention.ATTEND, True)
+        config = attention.ATTEND | {"WARPS": attention.ATTEND["num_warps"], "STAGES": attention.ATTEND["num_stages"]}
+        return Case(name, attention._attend, held | zeros, code | keys | values | config, True)
 
     return [
-        of_words("int4, one row", "fp16", symmetric, four, product.ROW),
-        of_words("int4 asym, one row", "bf16", affine, four, product.ROW),
-        of_words("nf4, one row", "bf16", table, four, product.ROW),
-        of_words("int4, few rows", "fp16", symmetric, four, product.FEW),
-        of_words("int4 asym, few rows", "bf16", affine, four, product.FEW),
-        of_words("nf4, few rows", "bf16", table, four, product.FEW),
-        of_words("int4 asym, many rows", "bf16", affine, four, product.MANY),
-        of_words("nf4, many rows", "bf16", table, four, product.MANY),
-        of_words("int8, many rows", "bf16", symmetric, eight, product.MANY),
-        Case("add parts", product._add, {"sums": "fp32", "bias": "bf16", "y": "bf16"}, product.ADD),
+        of_words("int4, one row", "fp16", symmetric, 4, product.ROW),
+        of_words("int4 asym, one row", "bf16", affine, 4, product.ROW),
+        of_words("nf4, one row", "bf16", table, 4, product.ROW),
+        of_words("int4, few rows", "fp16", symmetric, 4, product.FEW),
+        of_words("int4 asym, few rows", "bf16", affine, 4, product.FEW),
+        of_words("nf4, few rows", "bf16", table, 4, product.FEW),
+        of_words("int4 asym, many rows", "bf16", affine, 4, product.MANY),
+        of_words("nf4, many rows", "bf16", table, 4, product.MANY_LOOKED_UP),
+        of_words("int8, many rows", "bf16", symmetric, 8, product.MANY),
         Case("int8 x int8, few rows", w8a8._int8_tiles, int8, w8a8.FEW, True),
         Case("int8 x int8, many rows", w8a8._int8_tiles, int8, w8a8.MANY, True),
         Case("rows to int8", activations._round_rows, {"x": "bf16", "codes": "i8", "scale": "fp32"},

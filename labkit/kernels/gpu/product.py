@@ -1,44 +1,53 @@
 """x @ weight.T where the weight is codes in words: they become numbers in registers and are never written out.
 
-One row reads the weight once and does little with it, so it is cut along its columns too (split-K) to have enough
-programs; several rows go through the tensor cores in tiles. Partial sums lie in a buffer and are added in the order of
-their columns, not by atomics: the same input gives the same bits each time.
+A product of few rows takes as long as its weight takes to come from memory, so everything here serves one aim: that
+loads are under way at all times. Words, scales and x come by asynchronous copies several steps ahead. A word holds
+codes of several units of columns at the same place in each, so its codes are taken out one after another by a shift
+and a mask, where they lie: each gives the operand of a tensor core for one unit, and nothing moves between threads.
 
-Codes become whole numbers, exact in float16 and bfloat16, and the sum over a group is multiplied by the group's scale
-in float32, so that the weight itself is not rounded. (Table values and zero points that are reals are, to x's dtype.)
+Outputs give too few programs to fill a large chip, so columns are cut as well (split-K). Whoever finishes last of those
+that share outputs adds their sums, in the order of their columns: the same input gives the same bits each time.
+
+Codes become whole numbers, exact in float16 and bfloat16, and the sum over a unit is multiplied by its scale in
+float32, so that the weight itself is not rounded. (Table values and zero points that are reals are, to x's dtype.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from labkit.kernels.gpu.packing import codes_of, pack
+from labkit.kernels.gpu.decode import WORD, lift, lifted, looked_up
+from labkit.kernels.gpu.packing import pack
 from labkit.kernels.inputs import per_row, width_of
 from labkit.quant import Grid, QuantizedTensor
 
-ROW = {"OUT": 32, "num_warps": 4, "num_stages": 3}  # one row
-FEW = {"OUT": 64, "ROWS": 16, "num_warps": 4, "num_stages": 4}  # up to 16
-MANY = {"OUT": 128, "ROWS": 64, "num_warps": 8, "num_stages": 3}
-ADD = {"BLOCK": 1024, "num_warps": 4}
-COLUMNS = 64  # of a step, where a group has as many
-PROGRAMS = 256  # that one product should have at least: about two for each processor of the largest chips
+# Timed on an H100; see data/measurements/bench_h100.json. ROWS is the number of rows of x at a time.
+ROW = {"OUT": 64, "ROWS": 8, "num_warps": 4, "STAGES": 4}  # up to 8
+FEW = {"OUT": 64, "ROWS": 16, "num_warps": 4, "STAGES": 4}  # up to 16
+MANY = {"OUT": 64, "ROWS": 64, "num_warps": 4, "STAGES": 3}
+MANY_LOOKED_UP = MANY | {"num_warps": 8}  # of a table; an A100's four warps run out of registers
+UNIT = 64  # columns that share a scale, where a group has as many
+PROGRAMS = 264  # that columns are cut for: two for each of an H100's 132 processors; more cost more than they hide
 
 
 @dataclass(frozen=True)
 class Words:
-    """A weight (out, columns) as the kernels read it.
+    """A weight (out, columns) as the kernel reads it. A block is as many units of columns as a word has codes.
 
-    words   (out, ceil(columns * bits / 32)) int32, from ``packing.pack``
+    words   (blocks, out, unit) int16; the code of column (block * each + s) * unit + j is at bit s * bits of word j
     scale   (groups, out), float16 or float32
-    zero    (groups, out), uint8 or float32: what is taken off each code; or None
+    zero    the same, what is taken off each code: float16 is of whole numbers; or None
     table   (2**bits,) float32: what each code stands for; or None
+    values  the same numbers
     middle  what is taken off each code where there is neither
-    width   columns of a group, a multiple of 16 unless there is one group; the last may be shorter
+    width   columns of a group, a multiple of ``unit`` unless there is one group; the last may be shorter
     """
 
     words: Tensor
@@ -49,144 +58,175 @@ class Words:
     middle: int
     columns: int
     width: int
+    values: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, weight: QuantizedTensor) -> Words:
         """``weight`` (out, columns), which has no act-order left, as ``TritonGpu.why_not`` lets it through."""
         spec, (low, high) = weight.spec, weight.spec.code_range
+        (out, columns), width = weight.shape, width_of(weight) or weight.shape[1]
         bits = next(size for size in (2, 4, 8) if size >= spec.bits)
-        table = None
+        table, values = None, ()
         if not spec.is_integer:
             known = None if weight.table is None else weight.table.cpu()
             table = torch.zeros(2**bits)
             table[: high + 1] = Grid(spec, known).dequantize(torch.arange(high + 1), torch.ones(()))
-            table = table.to(weight.codes.device)
-        scale, zero = weight.params.dense()
-        scale = per_row(scale, weight).T.contiguous()
+            table, values = table.to(weight.codes.device), tuple(table.tolist())
+        unit, each = UNIT if width >= columns else min(UNIT, width & -width), WORD // bits
+        codes = F.pad((weight.codes.int() - low).byte(), (0, -columns % (each * unit)))
+        codes = codes.view(out, -1, each, unit).permute(1, 0, 3, 2)  # (blocks, out, unit, each)
+        words = pack(codes.reshape(-1, each * unit), bits).view(torch.int16).view(-1, out, unit)
+        scale, zero = (None if part is None else per_row(part, weight).T.contiguous() for part in weight.params.dense())
+        assert scale is not None
+        # float16 where that loses nothing; of 8-bit codes a block has too few columns for it to be copied ahead.
+        if bits <= 4 and torch.equal(scale.half().float(), scale):
+            scale = scale.half()
         if zero is not None:
-            zero = per_row(zero, weight).T.contiguous()
-            zero = zero.byte() if spec.zero == "int" else zero
-        half, columns = scale.half(), weight.shape[1]
-        return cls(
-            pack((weight.codes.int() - low).byte(), bits), half if torch.equal(half.float(), scale) else scale,
-            zero, table, bits, -low, columns, min(width_of(weight) or columns, columns),
-        )  # fmt: skip
+            zero = zero.half() if bits <= 4 and spec.zero == "int" else zero.float()
+        return cls(words, scale, zero, table, bits, -low, columns, min(width, columns), values)
 
     @property
-    def step(self) -> int:
-        """Columns that the kernels take at once: a power of two that divides a group, 16 to COLUMNS."""
-        return COLUMNS if self.width >= self.columns else min(COLUMNS, self.width & -self.width)
+    def block(self) -> int:
+        """Columns of a block."""
+        return self.words.shape[2] * (WORD // self.bits)
 
 
 def product(x: Tensor, weight: Words, bias: Tensor | None = None) -> Tensor:
     """x (rows, columns), float32, float16 or bfloat16, to (rows, out) of the same dtype; ``bias`` (out,)."""
-    rows, out = len(x), len(weight.words)
+    rows, (blocks, out, unit) = len(x), weight.words.shape
+    y = x.new_empty(rows, out)
     if rows == 0:
-        return x.new_empty(0, out)
-    config = ROW if rows == 1 else FEW if rows <= FEW["ROWS"] else MANY
-    tiles = (triton.cdiv(out, config["OUT"]), triton.cdiv(rows, config.get("ROWS", 1)))
-    span, splits = split(tiles[0] * tiles[1], weight.columns, weight.step)
+        return y
+    # float32 goes without tensor cores, and a large tile of it does not fit the registers.
+    largest = FEW if x.dtype == torch.float32 else MANY if weight.table is None else MANY_LOOKED_UP
+    config = next((config for config in (ROW, FEW) if rows <= config["ROWS"]), largest)
+    tiles = triton.cdiv(out, config["OUT"]), triton.cdiv(rows, config["ROWS"])
+    span, splits = split(tiles[0] * tiles[1], blocks)
+    sums = arrived = None
+    if splits > 1:
+        sums = torch.empty(splits, rows, out, device=x.device)
+        arrived = _counters(x.device, tiles[0] * tiles[1])
+    if more := blocks * weight.block - weight.columns:  # the last block reaches behind the last column
+        x = F.pad(x, (0, more))
     x = x.contiguous()
-    whole = splits == 1
-    sums = torch.empty(splits, rows, out, dtype=x.dtype if whole else torch.float32, device=x.device)
-    kernel = _row if rows == 1 else _tiles
-    kernel[(*tiles, splits)](
-        x, weight.words, weight.scale, weight.zero, weight.table, bias if whole else None, sums,
-        rows, out, weight.columns, weight.words.shape[1], weight.width, span,
-        BITS=weight.bits, MIDDLE=weight.middle, K=weight.step, **config,
+    _product[(*tiles, splits)](
+        x, weight.words, weight.scale, weight.zero, weight.table, bias, y, sums, arrived,
+        rows, out, blocks, len(weight.scale), max(weight.width // unit, 1), span,
+        BITS=weight.bits, MIDDLE=weight.middle, UNIT=unit, TABLE=_inlaid(weight.values, x.dtype), **config,
     )  # fmt: skip
-    return sums[0] if whole else _added(sums, bias, x.dtype)
-
-
-def split(tiles: int, columns: int, step: int) -> tuple[int, int]:
-    """(columns of a split, how many splits): enough for PROGRAMS, each of whole steps. Of shapes alone."""
-    steps = triton.cdiv(columns, step)
-    span = triton.cdiv(steps, min(steps, triton.cdiv(PROGRAMS, tiles))) * step
-    return span, triton.cdiv(columns, span)
-
-
-def _added(sums: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    splits, rows, out = sums.shape
-    y = torch.empty(rows, out, dtype=dtype, device=sums.device)
-    _add[(triton.cdiv(rows * out, ADD["BLOCK"]),)](sums, bias, y, splits, rows * out, out, **ADD)
     return y
+
+
+def split(tiles: int, steps: int) -> tuple[int, int]:
+    """(steps of a split, how many splits), so that there are PROGRAMS or somewhat fewer. Of shapes alone."""
+    span = triton.cdiv(steps, max(1, min(steps, PROGRAMS // tiles)))
+    return span, triton.cdiv(steps, span)
+
+
+@lru_cache(maxsize=256)
+def _inlaid(values: tuple[float, ...], dtype: torch.dtype) -> str:
+    """A table of up to 16 in the kernel itself: four hexadecimal digits for each number; empty where it is read."""
+    if not values or len(values) > 16 or dtype == torch.float32:
+        return ""
+    bits = torch.tensor(values).to(dtype).view(torch.int16).tolist()
+    return "".join(f"{number & 0xFFFF:04x}" for number in bits).ljust(64, "0")
+
+
+_arrived: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counters(device: torch.device, tiles: int) -> Tensor:
+    """Zeros, one for each tile at least. Kernels leave them so; each of two streams has its own."""
+    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if len(_arrived.get(key, ())) < tiles:
+        _arrived[key] = torch.zeros(max(tiles, PROGRAMS), dtype=torch.int32, device=device)
+    return _arrived[key]
+
+
+@triton.jit
+def _product(
+    x: tl.tensor, words: tl.tensor, scale: tl.tensor, zero: tl.tensor, table: tl.tensor, bias: tl.tensor, y: tl.tensor,
+    sums: tl.tensor, arrived: tl.tensor,
+    rows: int, out: int, blocks: int, groups: int, per_group: int, span: int,
+    BITS: tl.constexpr, MIDDLE: tl.constexpr, UNIT: tl.constexpr, TABLE: tl.constexpr,
+    OUT: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    # The weight is the left operand: tensor cores take that from registers, where it was decoded, and their right
+    # side may be as narrow as few rows are. Who is behind the last output or row reads the last one's again, and does
+    # not store what becomes of it.
+    EACH: tl.constexpr = 16 // BITS
+    o = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    r = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    within, j, s_of = tl.minimum(o, out - 1), tl.arange(0, UNIT), tl.arange(0, EACH)
+    numbers_at = x + tl.minimum(r, rows - 1)[None, :] * (blocks * EACH * UNIT) + j[:, None]
+    part = tl.program_id(2)
+    total = tl.zeros((OUT, ROWS), tl.float32)
+    for block in tl.range(part * span, min((part + 1) * span, blocks), num_stages=STAGES):
+        held = tl.load(words + (block * out + within[:, None]) * UNIT + j[None, :])  # (OUT, UNIT)
+        group = tl.minimum((block * EACH + s_of) // per_group, groups - 1)  # (EACH,)
+        at = group[None, :] * out + o[:, None]
+        scales = _columns(tl.load(scale + at, mask=(o < out)[:, None], other=0.0))
+        zeros = scales if zero is None else _columns(tl.load(zero + at, mask=(o < out)[:, None], other=0.0))
+        for s in tl.static_range(EACH):
+            numbers = tl.load(numbers_at + (block * EACH + s) * UNIT)  # (UNIT, ROWS)
+            steps = _steps(held, s, zeros[s], zero is not None, table, numbers, BITS, MIDDLE, TABLE)
+            total += tl.dot(steps, numbers, input_precision="ieee") * scales[s].to(tl.float32)[:, None]
+    real = (o < out)[:, None] & (r < rows)[None, :]
+    last = True
+    if sums is not None:
+        tl.store(sums + (part * rows + r)[None, :] * out + o[:, None], total, mask=real)
+        tl.debug_barrier()  # all threads have stored before one says so
+        tile, splits = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.num_programs(2)
+        last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == splits - 1
+        if last:
+            tl.store(arrived + tile, 0)
+            total = tl.zeros((OUT, ROWS), tl.float32)
+            for p in range(splits):
+                at = (p * rows + r)[None, :] * out + o[:, None]
+                total += tl.load(sums + at, mask=real, other=0.0, cache_modifier=".cg")
+    if last:
+        if bias is not None:
+            total += tl.load(bias + within).to(tl.float32)[:, None]
+        tl.store(y + r[None, :] * out + o[:, None], total, mask=real)
 
 
 @triton.jit
 def _steps(
-    words: tl.tensor, zero: tl.tensor, table: tl.tensor, o: tl.tensor, start: int, group: int, out: int, per_row: int,
-    BITS: tl.constexpr, MIDDLE: tl.constexpr, K: tl.constexpr,
+    held: tl.tensor, s: tl.constexpr, zeros: tl.tensor, ZERO: tl.constexpr, table: tl.tensor, like: tl.tensor,
+    BITS: tl.constexpr, MIDDLE: tl.constexpr, TABLE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """The weight of outputs ``o`` (OUT,) and K columns from ``start``, in units of its scale: (OUT, K) float32."""
-    EACH: tl.constexpr = 32 // BITS
-    j = start // EACH + tl.arange(0, K // EACH)
-    inside = (o < out)[:, None] & (j < per_row)[None, :]
-    codes = codes_of(tl.load(words + o[:, None] * per_row + j[None, :], mask=inside, other=0), BITS)
-    if table is not None:
-        steps = tl.load(table + codes)
-    elif zero is not None:
-        taken = tl.load(zero + group * out + o, mask=o < out, other=0).to(tl.float32)  # (OUT,)
-        steps = codes.to(tl.float32) - taken[:, None]
+    """The codes at place ``s`` of words (OUT, UNIT), in units of their scale, of the dtype of ``like``."""
+    LIFT: tl.constexpr = lift(BITS, like.dtype)
+    if table is None:
+        steps = lifted(held, like, s, BITS)
+        if not ZERO:
+            if LIFT + MIDDLE != 0:
+                steps -= tl.full((1, 1), LIFT + MIDDLE, like.dtype)
+        elif zeros.dtype == tl.float16:  # whole numbers
+            steps -= (zeros.to(tl.float32) + LIFT).to(like.dtype)[:, None]
+        else:
+            steps = (steps.to(tl.float32) - (zeros + LIFT)[:, None]).to(like.dtype)
+    elif TABLE == "":
+        steps = tl.load(table + ((held >> (s * BITS)) & (2**BITS - 1))).to(like.dtype)
     else:
-        steps = (codes - MIDDLE).to(tl.float32)
+        steps = looked_up(held, like, s, BITS, TABLE)
     return steps
 
 
 @triton.jit
-def _row(
-    x: tl.tensor, words: tl.tensor, scale: tl.tensor, zero: tl.tensor, table: tl.tensor, bias: tl.tensor, y: tl.tensor,
-    rows: int, out: int, columns: int, per_row: int, width: int, span: int,
-    BITS: tl.constexpr, MIDDLE: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr,
-) -> None:  # fmt: skip
-    o = tl.program_id(0) * OUT + tl.arange(0, OUT)
-    part = tl.program_id(2)
-    sums = tl.zeros((OUT, K), tl.float32)  # added across columns once, at the end
-    for start in range(part * span, min((part + 1) * span, columns), K):
-        k, group = start + tl.arange(0, K), start // width
-        steps = _steps(words, zero, table, o, start, group, out, per_row, BITS, MIDDLE, K)  # (OUT, K)
-        numbers = tl.load(x + k, mask=k < columns, other=0.0).to(tl.float32)  # (K,)
-        scales = tl.load(scale + group * out + o, mask=o < out, other=0.0).to(tl.float32)  # (OUT,)
-        sums += steps * numbers[None, :] * scales[:, None]
-    total = tl.sum(sums, axis=1)
-    if bias is not None:
-        total += tl.load(bias + o, mask=o < out, other=0.0).to(tl.float32)
-    tl.store(y + part * out + o, total, mask=o < out)
-
-
-@triton.jit
-def _tiles(
-    x: tl.tensor, words: tl.tensor, scale: tl.tensor, zero: tl.tensor, table: tl.tensor, bias: tl.tensor, y: tl.tensor,
-    rows: int, out: int, columns: int, per_row: int, width: int, span: int,
-    BITS: tl.constexpr, MIDDLE: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr,
-) -> None:  # fmt: skip
-    # The weight is the left operand: tensor cores take that from registers, where it was decoded, and their right
-    # side may be as narrow as few rows are.
-    o = tl.program_id(0) * OUT + tl.arange(0, OUT)
-    r = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    part = tl.program_id(2)
-    sums = tl.zeros((OUT, ROWS), tl.float32)
-    for start in range(part * span, min((part + 1) * span, columns), K):
-        k, group = start + tl.arange(0, K), start // width
-        inside = (r < rows)[None, :] & (k < columns)[:, None]
-        numbers = tl.load(x + r[None, :] * columns + k[:, None], mask=inside, other=0.0)  # (K, ROWS)
-        steps = _steps(words, zero, table, o, start, group, out, per_row, BITS, MIDDLE, K)  # (OUT, K)
-        scales = tl.load(scale + group * out + o, mask=o < out, other=0.0).to(tl.float32)  # (OUT,)
-        sums += tl.dot(steps.to(numbers.dtype), numbers, input_precision="ieee") * scales[:, None]
-    if bias is not None:
-        sums += tl.load(bias + o, mask=o < out, other=0.0).to(tl.float32)[:, None]
-    place = (part * rows + r[None, :]) * out + o[:, None]
-    tl.store(y + place, sums, mask=(o < out)[:, None] & (r < rows)[None, :])
-
-
-@triton.jit
-def _add(
-    sums: tl.tensor, bias: tl.tensor, y: tl.tensor, splits: int, count: int, out: int, BLOCK: tl.constexpr
-) -> None:
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        total += tl.load(sums + i, mask=i < count, other=0.0)
-        sums += count
-    if bias is not None:
-        total += tl.load(bias + i % out, mask=i < count, other=0.0).to(tl.float32)
-    tl.store(y + i, total, mask=i < count)
+def _columns(x: tl.tensor) -> tuple:
+    """(A, 2), (A, 4) or (A, 8) as its columns, each (A,)."""
+    A: tl.constexpr = x.shape[0]
+    HALF: tl.constexpr = x.shape[1] // 2
+    if HALF == 1:
+        return tl.split(x)
+    else:
+        even, odd = tl.split(tl.reshape(x, (A, HALF, 2)))
+        if HALF == 2:
+            a, c = tl.split(even)
+            b, d = tl.split(odd)
+            return a, b, c, d
+        else:
+            a, c, e, g = _columns(even)
+            b, d, f, h = _columns(odd)
+            return a, b, c, d, e, f, g, h

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from on_gpu import DEVICE, DTYPES, INTERPRETED, exact, of_programs, off, quantized, randn, there
 
 from labkit.kernels import backends, prepare
-from labkit.kernels.gpu.product import split
+from labkit.kernels.gpu.product import PROGRAMS, split
 from labkit.kernels.triton_gpu import TritonGpu
 from labkit.quant import QuantizedTensor, QuantSpec
 
@@ -128,19 +128,20 @@ def test_float64_is_computed_in_float32_and_given_back() -> None:
     assert y.dtype == torch.float64 and off(y, x, exact(weight)) < 5e-6
 
 
-@given(tiles=st.integers(1, 600), columns=st.integers(1, 20000), step=st.sampled_from([16, 32, 64]))
-def test_splits_cover_all_columns_in_whole_steps(tiles: int, columns: int, step: int) -> None:
-    span, splits = split(tiles, columns, step)
-    assert span % step == 0 and (splits - 1) * span < columns <= splits * span
-    assert tiles * splits >= 256 or span == step or tiles * columns < 256 * (span + step)
+@given(tiles=st.integers(1, 600), steps=st.integers(1, 400))
+def test_splits_cover_all_steps_in_as_many_programs_as_there_may_be(tiles: int, steps: int) -> None:
+    span, splits = split(tiles, steps)
+    assert (splits - 1) * span < steps <= splits * span
+    assert splits == 1 or tiles * splits <= PROGRAMS
+    assert span == 1 or tiles * -(-steps // (span - 1)) > PROGRAMS, "shorter ones would still fit"
 
 
 def test_the_dispatch_takes_it_on_a_gpu_and_the_interpreter_where_it_is_named() -> None:
-    weight, x = quantized("int4 g32", 16, 64), randn(3, 64)
+    weight, x = quantized("int4 g32", 16, 256), randn(3, 256)
     named = prepare(weight, "triton_gpu")
     assert named.backend == "triton_gpu" and off(named(x), x, exact(weight)) < 5e-6
     assert (prepare(weight).backend == "triton_gpu") == (not INTERPRETED)
-    assert named.nbytes == 16 * 64 // 2 + 16 * 2 * 2
+    assert named.nbytes == 16 * 256 // 2 + 16 * 8 * 2
 
 
 @pytest.mark.parametrize(
