@@ -874,7 +874,7 @@ QUIZ = [
         "instructions. What is known?",
         {
             "That it is right on these shapes and fits the chip": "Values and limits were looked at, and no clock.",
-            "That it is fast": "Nothing was timed on a GPU.",
+            "That it is fast": "Of ours all that was known, too, when an H100 found them slower than bfloat16.",
             "That programs never get into each other's way on a GPU": "The interpreter runs one after another. "
             "Our guard "
             "finds two that write one place, in the shapes that were tried.",
@@ -1198,3 +1198,33 @@ def registers(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     made.update_yaxes(autorange="reversed", tickfont_size=10, dtick=1)
     made.update_xaxes(range=[0, 290])
     return made.update_layout(legend={"orientation": "h", "y": 1.06, "x": 0.4})
+
+
+# --- a GPU
+
+_TIMED = {  # works of data/measurements/bench_h100.json, by what stands under their bars
+    "one row": "1 row by 14336 x 4096, int4 g64",
+    "16 rows": "16 rows by 14336 x 4096, int4 g64",
+    "256 rows": "256 rows by 14336 x 4096, int4 g64",
+    "attention, int8": "attention of 32 x 4096 tokens, int8 channel",
+    "attention, int4": "attention of 32 x 4096 tokens, int4 channel asym",
+}
+
+
+def beside_bf16(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """How many times as fast as torch in bfloat16, by work, in the rows of a file of ``labkit bench``."""
+    found = {row["work"]: row["ratio"] for row in rows if row["peer_name"] == "torch bf16"}
+    return {name: found[work] for name, work in _TIMED.items()}
+
+
+def timed(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Both beside torch in bfloat16, for each work."""
+    made = plot.figure("The kernels on an H100, recorded", "", "times as fast as torch in bfloat16", width=640)
+    for i, (name, rows) in enumerate((("proved, never timed", before), ("timed and changed", now))):
+        ratios = beside_bf16(rows)
+        made.add_bar(
+            x=list(ratios), y=list(ratios.values()), name=name, marker_color=plot.COLORS[i],
+            text=[f"{ratio:.2f}" for ratio in ratios.values()], textposition="outside", cliponaxis=False,
+        )  # fmt: skip
+    made.add_hline(y=1, line_dash="dash", annotation_text="bfloat16")
+    return made.update_layout(barmode="group", legend={"x": 0.98, "xanchor": "right", "y": 0.98})
