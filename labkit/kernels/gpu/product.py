@@ -32,7 +32,7 @@ from labkit.quant import Grid, QuantizedTensor
 ROW = {"OUT": 64, "ROWS": 8, "num_warps": 4, "STAGES": 4}  # up to 8
 FEW = {"OUT": 64, "ROWS": 16, "num_warps": 4, "STAGES": 4}  # up to 16
 MANY = {"OUT": 64, "ROWS": 64, "num_warps": 4, "STAGES": 3}
-MANY_LOOKED_UP = MANY | {"num_warps": 8}  # of a table; an A100's four warps run out of registers
+MANY_ROOMY = MANY | {"num_warps": 8}  # of a table, and of 8 bits: an A100's four warps run out of registers
 UNIT = 64  # columns that share a scale, where a group has as many
 PROGRAMS = 264  # that columns are cut for: two for each of an H100's 132 processors; more cost more than they hide
 
@@ -98,7 +98,8 @@ def product(x: Tensor, weight: Words, bias: Tensor | None = None) -> Tensor:
     if rows == 0:
         return y
     # float32 goes without tensor cores, and a large tile of it does not fit the registers.
-    largest = FEW if x.dtype == torch.float32 else MANY if weight.table is None else MANY_LOOKED_UP
+    plain = weight.table is None and weight.bits <= 4
+    largest = FEW if x.dtype == torch.float32 else MANY if plain else MANY_ROOMY
     config = next((config for config in (ROW, FEW) if rows <= config["ROWS"]), largest)
     tiles = triton.cdiv(out, config["OUT"]), triton.cdiv(rows, config["ROWS"])
     span, splits = split(tiles[0] * tiles[1], blocks)
