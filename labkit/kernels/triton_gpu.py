@@ -93,7 +93,8 @@ class TritonGpu:
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError("triton_gpu gives no gradients; use torch.no_grad(), or backend='reference'")
         rows = x.reshape(-1, self.shape[1])
-        rows = rows if x.dtype in (torch.float16, torch.bfloat16) else rows.float()
+        half = x.dtype in (torch.float16, torch.bfloat16) and not interpreted()  # where it is wrong in bfloat16
+        rows = rows if half else rows.float()
         if self._order is not None:
             rows = rows[:, self._order]
         with torch.cuda.device_of(rows):

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from labkit.kernels.gpu.decode import WORD, lift, lifted
 from labkit.kernels.gpu.product import split
@@ -85,13 +86,13 @@ class Held:
         return self.whole or self.even or self.alike
 
 
-def _words(codes: Tensor, lifted: int, bits: int) -> Tensor:
-    """Codes (rows, columns), from 0 up once ``lifted`` is added, to int16 (rows, J) as ``Held`` has them."""
+def _words(codes: Tensor, offset: int, bits: int) -> Tensor:
+    """Codes (rows, columns), from 0 up once ``offset`` is added, to int16 (rows, J) as ``Held`` has them."""
     each = WORD // bits
     columns = triton.cdiv(codes.shape[1], each)
     words = torch.zeros(len(codes), columns, dtype=torch.int32, device=codes.device)
     for s, part in enumerate(codes.split(columns, dim=1)):
-        words[:, : part.shape[1]] |= (part.int() + lifted) << (s * bits)
+        words[:, : part.shape[1]] |= (part.int() + offset) << (s * bits)
     return words.to(torch.int16)
 
 
@@ -110,6 +111,12 @@ def attend(
     (batch, heads, width), (_, kv_heads, context, _) = q.shape, keys.shape
     if keys.shape != values.shape or heads % kv_heads or keys.shape != (batch, kv_heads, context, width):
         raise ValueError(f"q {tuple(q.shape)} does not fit keys {keys.shape} and values {values.shape}")
+    if not q.numel() or not context:
+        return torch.zeros_like(q)
+    dtype = q.dtype
+    if knobs.runtime.interpret:  # which is wrong in bfloat16
+        q = q.float()
+    y = torch.empty_like(q, memory_format=torch.contiguous_format)
     group, cores = heads // kv_heads, q.dtype != torch.float32
     tile = LEAST if cores else 4  # of heads
     tiles = triton.cdiv(group, tile)
@@ -121,17 +128,18 @@ def attend(
     steps, parts = split(batch * kv_heads * tiles, triton.cdiv(context, step))
     sums = torch.empty(batch * heads, parts, width, device=q.device)
     logs = torch.empty(batch * heads, parts, device=q.device)
-    _attend[(batch * kv_heads, parts, tiles)](
-        q.contiguous(), keys.words, keys.scale, keys.zero, values.words, values.scale, values.zero, lengths, sums, logs,
-        (width**-0.5 if scale is None else scale) * log2(e), kv_heads, context, group, steps * step, parts,
-        keys.tall, keys.wide, keys.scale.shape[1], values.tall, values.wide, values.scale.shape[1],
-        K_BITS=keys.bits, K_WHOLE=keys.whole, K_EVEN=keys.even, K_ALIKE=keys.alike,
-        V_BITS=values.bits, V_WHOLE=values.whole, V_EVEN=values.even, V_ALIKE=values.alike,
-        HEADS=tile, WIDTH=width, WARPS=warps, STAGES=config["num_stages"] if ahead else 1, **config,
-    )  # fmt: skip
-    y = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _combine[(batch * heads,)](sums, logs, y, width, parts, D=triton.next_power_of_2(width), **COMBINE)
-    return y
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        _attend[(batch * kv_heads, parts, tiles)](
+            q.contiguous(), keys.words, keys.scale, keys.zero, values.words, values.scale, values.zero, lengths,
+            sums, logs,
+            (width**-0.5 if scale is None else scale) * log2(e), kv_heads, context, group, steps * step, parts,
+            keys.tall, keys.wide, keys.scale.shape[1], values.tall, values.wide, values.scale.shape[1],
+            K_BITS=keys.bits, K_WHOLE=keys.whole, K_EVEN=keys.even, K_ALIKE=keys.alike,
+            V_BITS=values.bits, V_WHOLE=values.whole, V_EVEN=values.even, V_ALIKE=values.alike,
+            HEADS=tile, WIDTH=width, WARPS=warps, STAGES=config["num_stages"] if ahead else 1, **config,
+        )  # fmt: skip
+        _combine[(batch * heads,)](sums, logs, y, width, parts, D=triton.next_power_of_2(width), **COMBINE)
+    return y.to(dtype)
 
 
 @triton.constexpr_function

@@ -65,6 +65,7 @@ def cases() -> list[Case]:
     """Every kernel in the forms that are used."""
     symmetric: Pointers = {"zero": None, "table": None}
     affine: Pointers = {"zero": "fp16", "table": None}
+    real: Pointers = {"zero": "fp32", "table": None}
     table: Pointers = {"zero": None, "table": "fp32"}
     words: Pointers = {"words": "i16", "bias": None, "sums": "fp32", "arrived": "i32"}
     int8: Pointers = {
@@ -86,23 +87,30 @@ def cases() -> list[Case]:
     def of_words(name: str, x: str, zeros: Pointers, bits: int, config: dict) -> Case:
         code = {"BITS": bits, "MIDDLE": 2 ** (bits - 1), "UNIT": product.UNIT, "TABLE": nf4 if zeros["table"] else ""}
         given = {"x": x, "y": x, **words, "scale": "fp16" if bits <= 4 else "fp32", **zeros}
-        return Case(name, product._product, given, code | config, True)
+        return Case(name, product._product, given, code | config, x != "fp32")
 
-    def attend(name: str, zero: str | None, bits: int, keys: dict[str, Any]) -> Case:
+    def attend(name: str, zero: str | None, bits: int, keys: dict[str, Any], q: str = "bf16") -> Case:
         code = {"K_BITS": bits, "V_BITS": bits, "HEADS": attention.LEAST, "WIDTH": 128}
         values = {"v_tall": 1, "v_across": 1, "V_WHOLE": True, "V_EVEN": False, "V_ALIKE": True}
         zeros = {"k_zero": zero, "v_zero": zero}
         config = attention.ATTEND | {"WARPS": attention.ATTEND["num_warps"], "STAGES": attention.ATTEND["num_stages"]}
-        return Case(name, attention._attend, held | zeros, code | keys | values | config, True)
+        return Case(name, attention._attend, held | zeros | {"q": q}, code | keys | values | config, True)
 
     return [
         of_words("int4, one row", "fp16", symmetric, 4, product.ROW),
         of_words("int4 asym, one row", "bf16", affine, 4, product.ROW),
         of_words("nf4, one row", "bf16", table, 4, product.ROW),
+        of_words("int2, one row", "bf16", symmetric, 2, product.ROW),
+        of_words("int8 asym, one row", "bf16", real, 8, product.ROW),
         of_words("int4, few rows", "fp16", symmetric, 4, product.FEW),
         of_words("int4 asym, few rows", "bf16", affine, 4, product.FEW),
         of_words("nf4, few rows", "bf16", table, 4, product.FEW),
+        of_words("int2, few rows", "bf16", symmetric, 2, product.FEW),
+        of_words("int8 asym, few rows", "bf16", real, 8, product.FEW),
+        of_words("int4 asym, all rows, fp32", "fp32", affine, 4, product.FEW),
+        of_words("int4, many rows", "fp16", symmetric, 4, product.MANY),
         of_words("int4 asym, many rows", "bf16", affine, 4, product.MANY),
+        of_words("int4 real zeros, many rows", "bf16", real, 4, product.MANY),
         of_words("nf4, many rows", "bf16", table, 4, product.MANY_ROOMY),
         of_words("int8, many rows", "bf16", symmetric, 8, product.MANY_ROOMY),
         Case("int8 x int8, few rows", w8a8._int8_tiles, int8, w8a8.FEW, True),
@@ -112,7 +120,9 @@ def cases() -> list[Case]:
         Case("rows to fp8", activations._round_rows, {"x": "bf16", "codes": "u8", "scale": "fp32"},
              {"STEPS": 448.0, "LOW": 0, "FP8": True, **activations.ROUND}),
         attend("attention, int8", None, 8, token),
+        attend("attention, int8, fp16", None, 8, token, "fp16"),
         attend("attention, int4 asym", "fp32", 4, token),
+        attend("attention, int4 asym, fp16", "fp32", 4, token, "fp16"),
         attend("attention, int4 asym, keys by channel", "fp32", 4, kivi),
         Case("attention, combine", attention._combine, {"sums": "fp32", "logs": "fp32", "y": "bf16"},
              {"D": 128, **attention.COMBINE}),

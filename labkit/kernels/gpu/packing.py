@@ -50,7 +50,7 @@ def _check(bits: int, fits: bool, wanted: str) -> None:
 
 
 @triton.jit
-def codes_of(words: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
+def _codes_of(words: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
     """(A, B) int32 words to their codes, (A, B * 32 // BITS) int32."""
     EACH: tl.constexpr = 32 // BITS
     shifts = tl.arange(0, EACH) * BITS
@@ -79,7 +79,7 @@ def _unpack(
 ) -> None:  # fmt: skip
     place, column = _places(columns, per_row, BITS, WORDS)
     w = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
-    held = codes_of(tl.load(words + w, mask=w < count, other=0)[:, None], BITS)
+    held = _codes_of(tl.load(words + w, mask=w < count, other=0)[:, None], BITS)
     tl.store(codes + place, held.to(tl.uint8), mask=(w < count)[:, None] & (column < columns))
 
 

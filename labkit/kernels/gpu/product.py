@@ -28,7 +28,8 @@ from labkit.kernels.gpu.packing import pack
 from labkit.kernels.inputs import per_row, width_of
 from labkit.quant import Grid, QuantizedTensor
 
-# Timed on an H100; see data/measurements/bench_h100.json. ROWS is the number of rows of x at a time.
+# ROWS of x at a time. With int4 and nf4 these were the fastest of those tried on an H100 (data/measurements/
+# bench_h100.json); codes of 2 and 8 bits take the same, untimed.
 ROW = {"OUT": 64, "ROWS": 8, "num_warps": 4, "STAGES": 4}  # up to 8
 FEW = {"OUT": 64, "ROWS": 16, "num_warps": 4, "STAGES": 4}  # up to 16
 MANY = {"OUT": 64, "ROWS": 64, "num_warps": 4, "STAGES": 3}
@@ -41,11 +42,14 @@ PROGRAMS = 264  # that columns are cut for: two for each of an H100's 132 proces
 class Words:
     """A weight (out, columns) as the kernel reads it. A block is as many units of columns as a word has codes.
 
+    The last block is filled up: with four bits and groups of 64 or more, columns to a multiple of 256, and each ``x``
+    with them. Those of large language models are such multiples.
+
     words   (blocks, out, unit) int16; the code of column (block * each + s) * unit + j is at bit s * bits of word j
     scale   (groups, out), float16 or float32
     zero    the same, what is taken off each code: float16 is of whole numbers; or None
     table   (2**bits,) float32: what each code stands for; or None
-    values  the same numbers
+    values  the same numbers where the format has them, for a kernel with the table in it
     middle  what is taken off each code where there is neither
     width   columns of a group, a multiple of ``unit`` unless there is one group; the last may be shorter
     """
@@ -66,12 +70,13 @@ class Words:
         spec, (low, high) = weight.spec, weight.spec.code_range
         (out, columns), width = weight.shape, width_of(weight) or weight.shape[1]
         bits = next(size for size in (2, 4, 8) if size >= spec.bits)
-        table, values = None, ()
+        table, values = None, ()  # a table that was learned is read: each would make a kernel of its own
         if not spec.is_integer:
             known = None if weight.table is None else weight.table.cpu()
             table = torch.zeros(2**bits)
             table[: high + 1] = Grid(spec, known).dequantize(torch.arange(high + 1), torch.ones(()))
-            table, values = table.to(weight.codes.device), tuple(table.tolist())
+            values = tuple(table.tolist()) if known is None else ()
+            table = table.to(weight.codes.device)
         unit, each = UNIT if width >= columns else min(UNIT, width & -width), WORD // bits
         codes = F.pad((weight.codes.int() - low).byte(), (0, -columns % (each * unit)))
         codes = codes.view(out, -1, each, unit).permute(1, 0, 3, 2)  # (blocks, out, unit, each)
@@ -94,13 +99,10 @@ class Words:
 def product(x: Tensor, weight: Words, bias: Tensor | None = None) -> Tensor:
     """x (rows, columns), float32, float16 or bfloat16, to (rows, out) of the same dtype; ``bias`` (out,)."""
     rows, (blocks, out, unit) = len(x), weight.words.shape
-    y = x.new_empty(rows, out)
+    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     if rows == 0:
         return y
-    # float32 goes without tensor cores, and a large tile of it does not fit the registers.
-    plain = weight.table is None and weight.bits <= 4
-    largest = FEW if x.dtype == torch.float32 else MANY if plain else MANY_ROOMY
-    config = next((config for config in (ROW, FEW) if rows <= config["ROWS"]), largest)
+    config = _config(rows, x.dtype, weight)
     tiles = triton.cdiv(out, config["OUT"]), triton.cdiv(rows, config["ROWS"])
     span, splits = split(tiles[0] * tiles[1], blocks)
     sums = arrived = None
@@ -119,9 +121,18 @@ def product(x: Tensor, weight: Words, bias: Tensor | None = None) -> Tensor:
 
 
 def split(tiles: int, steps: int) -> tuple[int, int]:
-    """(steps of a split, how many splits), so that there are PROGRAMS or somewhat fewer. Of shapes alone."""
+    """(steps of a split, how many splits), for at most PROGRAMS unless tiles alone are more. Of shapes alone."""
     span = triton.cdiv(steps, max(1, min(steps, PROGRAMS // tiles)))
     return span, triton.cdiv(steps, span)
+
+
+def _config(rows: int, dtype: torch.dtype, weight: Words) -> dict[str, int]:
+    # float32 goes without tensor cores, and other tiles of it do not fit the registers. Of two bits a block has 512
+    # columns, and with many rows x does not fit the shared memory.
+    if dtype == torch.float32 or (weight.bits == 2 and rows > ROW["ROWS"]):
+        return FEW
+    many = MANY if weight.bits == 4 and weight.table is None else MANY_ROOMY
+    return next((config for config in (ROW, FEW) if rows <= config["ROWS"]), many)
 
 
 @lru_cache(maxsize=256)
@@ -137,8 +148,13 @@ _arrived: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _counters(device: torch.device, tiles: int) -> Tensor:
-    """Zeros, one for each tile at least. Kernels leave them so; each of two streams has its own."""
-    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    """Zeros, one for each tile at least. Kernels leave them so, and those of one stream use them one after another.
+
+    The interpreter may be stopped between two programs, and a captured graph may run on any stream: they get new ones.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
     if len(_arrived.get(key, ())) < tiles:
         _arrived[key] = torch.zeros(max(tiles, PROGRAMS), dtype=torch.int32, device=device)
     return _arrived[key]

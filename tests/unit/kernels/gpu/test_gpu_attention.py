@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -80,6 +82,32 @@ def test_odd_shapes(
     with of_programs(programs):
         y = attend(q, Held.of(k), Held.of(v), taken.int().to(DEVICE))
     assert off(y, reference(q, k, v, taken), v) < DTYPES[dtype]
+
+
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [("int4 32x1 asym", "int4 channel asym"), ("int8 channel", "int8 channel asym"), ("int4 channel", "int4 32x1")],
+)
+@pytest.mark.parametrize(("width", "programs"), [(64, 1), (128, 6), (256, 256)])
+def test_contexts_of_many_steps_and_parts(
+    keys: str, values: str, width: int, programs: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    k, v = quantized(keys, 1, 2, 416, width), quantized(values, 1, 2, 416, width)
+    q, lengths = randn(1, 4, width, dtype=dtype), torch.tensor([400], dtype=torch.int32, device=DEVICE)
+    with of_programs(programs):
+        y = attend(q, Held.of(k), Held.of(v), lengths)
+    assert off(y, reference(q, k, v, lengths), v) < DTYPES[dtype]
+
+
+def test_nothing_to_attend_to_and_other_dtypes() -> None:
+    k, v = (Held.of(quantized("int8 channel", 1, 2, 8, 16)) for _ in range(2))
+    q = randn(1, 4, 16)
+    y = attend(q, k, v)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = attend(q.to(dtype), k, v)
+        assert half.dtype == dtype and float((half.float() - y).abs().max()) < 0.05
+    assert attend(q[:0], replace(k, shape=(0, 2, 8, 16)), replace(v, shape=(0, 2, 8, 16))).shape == (0, 4, 16)
 
 
 def test_more_parts_than_the_second_kernel_takes_at_once() -> None:

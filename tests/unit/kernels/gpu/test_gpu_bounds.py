@@ -7,6 +7,7 @@ import math
 import mmap
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -36,14 +37,15 @@ def at_the_edge(x: Tensor) -> Tensor:
 def new_tensors_at_the_edge(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the launchers make for results too."""
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32, device: object = None) -> Tensor:
-        return at_the_edge(torch.zeros(shape, dtype=dtype))
+    def empty(*shape: Any, dtype: torch.dtype = torch.float32, device: object = None) -> Tensor:
+        return at_the_edge(torch.full(shape[0] if isinstance(shape[0], tuple) else shape, 0, dtype=dtype))
 
     def empty_like(x: Tensor, **options: object) -> Tensor:
         return at_the_edge(torch.zeros_like(x))
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", empty)
+        patch.setattr(torch, "zeros", empty)
         patch.setattr(torch, "empty_like", empty_like)
         yield
 
@@ -56,7 +58,7 @@ def codes_at_the_edge(x: QuantizedTensor) -> QuantizedTensor:
 
 @pytest.mark.parametrize("text", ["int4 g32", "int4 g32 asym", "int8 g16 asym", "nf4 channel"])
 @pytest.mark.parametrize("rows", [1, 5, 17])
-@pytest.mark.parametrize("inputs", [1, 37, 100])
+@pytest.mark.parametrize("inputs", [1, 37, 512])
 def test_products(text: str, rows: int, inputs: int) -> None:
     kernel = TritonGpu(quantized(text, 35, inputs))
     words = kernel._words
@@ -89,10 +91,12 @@ def test_packing(bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "grid", ["int8 channel scale=fp32", "int4 g8 asym scale=fp32", "int4 32x1 scale=fp32"]
+    ("grid", "tokens"),
+    [*((grid, 45) for grid in ("int8 channel scale=fp32", "int4 g8 asym scale=fp32")),
+     *(("int4 32x1 scale=fp32", tokens) for tokens in (45, 64))],
 )
-def test_attention(grid: str) -> None:
-    k, v = (Held.of(codes_at_the_edge(quantized(grid, 2, 3, 45, 24))) for _ in range(2))
-    q, lengths = at_the_edge(randn(2, 9, 24)), at_the_edge(torch.tensor([45, 20], dtype=torch.int32))
-    assert k.words.shape[0] == math.prod((2, 3, 45))
+def test_attention(grid: str, tokens: int) -> None:
+    k, v = (Held.of(codes_at_the_edge(quantized(grid, 2, 3, tokens, 24))) for _ in range(2))
+    q, lengths = at_the_edge(randn(2, 9, 24)), at_the_edge(torch.tensor([tokens, 20], dtype=torch.int32))
+    assert k.words.shape[0] == math.prod((2, 3, tokens))
     assert attend(q, k, v, lengths).isfinite().all() and attend(q, k, v).isfinite().all()

@@ -97,6 +97,15 @@ def test_four_numbers_of_a_table(dtype: torch.dtype, format: str) -> None:
             assert torch.equal(floats(found, dtype), table[(word >> shift) & 15].to(dtype))
 
 
+def test_four_numbers_of_a_table_of_two_bits() -> None:
+    table = torch.tensor([-1.5, 0.25, 3.0, -0.0])
+    ptx = [decode.four_numbers(shift, 2, _inlaid(tuple(table.tolist()), torch.float16)) for shift in range(0, 16, 2)]
+    for shift, text in zip(range(0, 16, 2), ptx, strict=True):
+        made = run(text, {"$2": WORDS, "$3": WORDS << 16})
+        assert torch.equal(floats(words_of(made["$0"])[0], torch.float16).float(), table[(WORDS >> shift) & 3])
+        assert torch.equal(floats(words_of(made["$1"])[1], torch.float16).float(), table[(WORDS >> shift) & 3])
+
+
 def test_a_table_that_is_short_or_not_there() -> None:
     assert _inlaid((), torch.float16) == "" and _inlaid((1.0,) * 32, torch.float16) == ""
     assert _inlaid((1.0, 2.0), torch.float32) == "", "the kernel reads it"
