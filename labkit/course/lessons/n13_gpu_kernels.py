@@ -860,7 +860,7 @@ QUIZ = [
         answer="b",
     ),
     Question(
-        "Why does the one-row kernel write partial sums to a buffer rather than add them with atomics?",
+        "Why does a split-K kernel write partial sums to a buffer rather than add them with atomics?",
         {
             "Atomics are not in Triton": "They are: tl.atomic_add.",
             "Then there is less to write": "There is more: one row of sums for each part.",

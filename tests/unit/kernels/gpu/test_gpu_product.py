@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from on_gpu import DEVICE, DTYPES, INTERPRETED, exact, of_programs, off, quantized, randn, there
 
 from labkit.kernels import backends, prepare
+from labkit.kernels.gpu import product
 from labkit.kernels.gpu.product import PROGRAMS, split
 from labkit.kernels.triton_gpu import TritonGpu
 from labkit.quant import QuantizedTensor, QuantSpec
@@ -124,6 +125,16 @@ def test_act_order_bias_leading_axes_and_no_rows(dtype: torch.dtype) -> None:
     assert kernel(x[:0]).shape == (0, 3, 40)
     strided = randn(6, 2560, dtype=dtype)
     assert torch.equal(kernel(strided[::2, ::2]), kernel(strided[::2, ::2].contiguous()))
+
+
+def test_the_counters_of_a_split_are_zeros_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = torch.zeros(8, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(product, "_counters", lambda device, tiles: counters)
+    kernel, x = TritonGpu(quantized("int4 g32", 130, 1300)), randn(3, 1300)
+    with of_programs(6):
+        assert split(3, 11)[1] > 1
+        y = kernel(x)
+        assert not counters.any() and torch.equal(kernel(x), y)
 
 
 @pytest.mark.parametrize(("other", "loses"), [(torch.float64, 5e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
