@@ -1186,7 +1186,7 @@ def instructions(ptx: str) -> list[str]:
 
 def registers(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     """Registers of a thread, for each kernel and architecture of data/measurements/gpu_compiled.json."""
-    made = plot.figure("Registers of a thread, recorded without a GPU", "registers", height=450, width=600)
+    made = plot.figure("Registers of a thread, recorded without a GPU", "registers", height=440, width=560)
     names = list(dict.fromkeys(r["kernel"] for r in rows))
     for i, architecture in enumerate(dict.fromkeys(r["architecture"] for r in rows)):
         used = {r["kernel"]: r["registers"] for r in rows if r["architecture"] == architecture}

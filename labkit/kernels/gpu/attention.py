@@ -29,6 +29,7 @@ from labkit.quant import Blocks, QuantizedTensor
 ATTEND = {"TOKENS": 32, "num_warps": 4, "num_stages": 3}
 COMBINE = {"PARTS": 32, "num_warps": 4}
 LEAST = 16  # rows and columns of a tensor core's tile; heads of a program
+LEAST_EXACT = 4  # heads of a program in float32, which goes without tensor cores
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def attend(
         q = q.float()
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     group, cores = heads // kv_heads, q.dtype != torch.float32
-    tile = LEAST if cores else 4  # of heads
+    tile = LEAST if cores else LEAST_EXACT  # of heads
     tiles = triton.cdiv(group, tile)
     ahead = keys.quick and values.quick
     roomy = cores and width <= 128 and ahead  # otherwise more tokens than LEAST spill registers

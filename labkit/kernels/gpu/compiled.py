@@ -90,11 +90,14 @@ def cases() -> list[Case]:
         return Case(name, product._product, given, code | config, x != "fp32")
 
     def attend(name: str, zero: str | None, bits: int, keys: dict[str, Any], q: str = "bf16") -> Case:
-        code = {"K_BITS": bits, "V_BITS": bits, "HEADS": attention.LEAST, "WIDTH": 128}
         values = {"v_tall": 1, "v_across": 1, "V_WHOLE": True, "V_EVEN": False, "V_ALIKE": True}
         zeros = {"k_zero": zero, "v_zero": zero}
         config = attention.ATTEND | {"WARPS": attention.ATTEND["num_warps"], "STAGES": attention.ATTEND["num_stages"]}
-        return Case(name, attention._attend, held | zeros | {"q": q}, code | keys | values | config, True)
+        code = {"K_BITS": bits, "V_BITS": bits, "HEADS": attention.LEAST, "WIDTH": 128}
+        if q == "fp32":
+            code |= {"HEADS": attention.LEAST_EXACT}
+            config |= {"TOKENS": attention.LEAST}
+        return Case(name, attention._attend, held | zeros | {"q": q}, code | keys | values | config, q != "fp32")
 
     return [
         of_words("int4, one row", "fp16", symmetric, 4, product.ROW),
@@ -107,7 +110,9 @@ def cases() -> list[Case]:
         of_words("nf4, few rows", "bf16", table, 4, product.FEW),
         of_words("int2, few rows", "bf16", symmetric, 2, product.FEW),
         of_words("int8 asym, few rows", "bf16", real, 8, product.FEW),
-        of_words("int4 asym, all rows, fp32", "fp32", affine, 4, product.FEW),
+        of_words("int4 asym, fp32", "fp32", affine, 4, product.EXACT),
+        of_words("int8 asym, fp32", "fp32", real, 8, product.EXACT),
+        of_words("int2, fp32", "fp32", symmetric, 2, product.EXACT),
         of_words("int4, many rows", "fp16", symmetric, 4, product.MANY),
         of_words("int4 asym, many rows", "bf16", affine, 4, product.MANY),
         of_words("int4 real zeros, many rows", "bf16", real, 4, product.MANY),
@@ -121,6 +126,7 @@ def cases() -> list[Case]:
              {"STEPS": 448.0, "LOW": 0, "FP8": True, **activations.ROUND}),
         attend("attention, int8", None, 8, token),
         attend("attention, int8, fp16", None, 8, token, "fp16"),
+        attend("attention, int8, fp32", None, 8, token, "fp32"),
         attend("attention, int4 asym", "fp32", 4, token),
         attend("attention, int4 asym, fp16", "fp32", 4, token, "fp16"),
         attend("attention, int4 asym, keys by channel", "fp32", 4, kivi),

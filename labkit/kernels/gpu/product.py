@@ -34,6 +34,9 @@ ROW = {"OUT": 64, "ROWS": 8, "num_warps": 4, "STAGES": 4}  # up to 8
 FEW = {"OUT": 64, "ROWS": 16, "num_warps": 4, "STAGES": 4}  # up to 16
 MANY = {"OUT": 64, "ROWS": 64, "num_warps": 4, "STAGES": 3}
 MANY_ROOMY = MANY | {"num_warps": 8}  # of a table, and of 8 bits: an A100's four warps run out of registers
+# float32 goes without tensor cores. Larger tiles do not fit the registers, and from 64 outputs on Triton 3.7 rounds
+# them to TF32 on a B200, whatever input_precision says.
+EXACT = {"OUT": 32, "ROWS": 16, "num_warps": 4, "STAGES": 3}
 UNIT = 64  # columns that share a scale, where a group has as many
 PROGRAMS = 264  # that columns are cut for: two for each of an H100's 132 processors; more cost more than they hide
 
@@ -127,11 +130,11 @@ def split(tiles: int, steps: int) -> tuple[int, int]:
 
 
 def _config(rows: int, dtype: torch.dtype, weight: Words) -> dict[str, int]:
-    # float32 goes without tensor cores, and other tiles of it do not fit the registers. Of two bits a block has 512
-    # columns, and with many rows x does not fit the shared memory.
-    if dtype == torch.float32 or (weight.bits == 2 and rows > ROW["ROWS"]):
-        return FEW
+    if dtype == torch.float32:
+        return EXACT
     many = MANY if weight.bits == 4 and weight.table is None else MANY_ROOMY
+    if weight.bits == 2:  # a block has 512 columns: with more rows x does not fit the shared memory
+        many = FEW
     return next((config for config in (ROW, FEW) if rows <= config["ROWS"]), many)
 
 
