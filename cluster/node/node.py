@@ -172,7 +172,7 @@ class Node:
         one, two = self.storage(FIRST), self.storage(SECOND)
         if two.exists():
             raise RuntimeError(f"{SECOND.name} has joined already: leave() first, or `make node-down`")
-        _call("cp", "--archive", "--link", str(one), str(two))  # what is written once may be shared
+        _linked(one, two)
         for database in two.rglob("*.db"):
             content = database.read_bytes()
             database.unlink()
@@ -617,6 +617,22 @@ def _remove_cgroups() -> None:
         if time.monotonic() > deadline:
             return
         time.sleep(0.05)
+
+
+def _linked(one: Path, two: Path, tries: int = 5) -> None:
+    """Copy a folder that is in use, sharing its files. What is written once may be shared.
+
+    A file may vanish meanwhile, as when containerd clears away after a pod: then all of it is copied again. Raises
+    RuntimeError with what `cp` said the last time; there is nothing at ``two`` then.
+    """
+    for left in reversed(range(tries)):
+        try:
+            _call("cp", "--archive", "--link", str(one), str(two))
+            return
+        except RuntimeError:
+            shutil.rmtree(two, ignore_errors=True)
+            if not left:
+                raise
 
 
 def _call(*command: str, check: bool = True) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import node as node_module
 import pytest
 from node import FIRST, NETWORK, SECOND, STOP_ORDER, Node, parts_of
 
@@ -180,6 +182,29 @@ def test_a_second_kubelet_makes_spreading_and_draining_real(node: Node, image: s
     assert not node.storage(SECOND).exists()
     states = dict(line.split()[:2] for line in node.status() if "running" in line)
     assert [states[part] for part in parts_of(SECOND)] == ["not"] * 4  # running
+
+
+def test_a_folder_in_use_is_copied_anew_where_a_file_vanished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, call, failures = tmp_path / "one", tmp_path / "two", node_module._call, [True, True]
+    one.mkdir()
+    (one / "layer").write_text("bytes")
+
+    def gone(*command: str) -> str:
+        done = call(*command)
+        if failures and failures.pop():
+            raise RuntimeError("cp: cannot stat 'snapshots/375'")
+        return done
+
+    monkeypatch.setattr(node_module, "_call", gone)
+    node_module._linked(one, two)
+    assert [path.name for path in two.iterdir()] == ["layer"] and (two / "layer").samefile(one / "layer")
+    shutil.rmtree(two)
+    failures += [True] * 9
+    with pytest.raises(RuntimeError, match="snapshots/375"):
+        node_module._linked(one, two, tries=3)
+    assert not two.exists(), "nothing half copied"
 
 
 def test_there_is_no_route_out(node: Node) -> None:
