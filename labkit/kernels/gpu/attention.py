@@ -21,12 +21,13 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from labkit.kernels.gpu.decode import WORD, lift, lifted
+from labkit.kernels.gpu.decode import lift, lifted
+from labkit.kernels.gpu.packing import interleaved
 from labkit.kernels.gpu.product import split
 from labkit.quant import Blocks, QuantizedTensor
 
 # Timed on an H100. TOKENS of each warp in a step; as many programs as a product has.
-ATTEND = {"TOKENS": 32, "num_warps": 4, "num_stages": 3}
+ATTEND = {"TOKENS": 32, "num_warps": 4, "STAGES": 3}
 COMBINE = {"PARTS": 32, "num_warps": 4}
 LEAST = 16  # rows and columns of a tensor core's tile; heads of a program
 LEAST_EXACT = 4  # heads of a program in float32, which goes without tensor cores
@@ -36,8 +37,8 @@ LEAST_EXACT = 4  # heads of a program in float32, which goes without tensor core
 class Held:
     """Keys or values (B, kv_heads, S, head_dim) as the kernel reads them.
 
-    words   (B * kv_heads * S, J) int16, J = ceil(head_dim * bits / 16): bits s * ``bits`` and up of word j are the code
-            of number s * J + j, from 0 up, so that the s-th codes of a row's words stand for J neighbours
+    words   (B * kv_heads * S, J) int16, J = ceil(head_dim * bits / 16), from ``packing.interleaved``: the s-th codes of
+            a row's words stand for J neighbours
     scale   (row blocks, column blocks) float32, of blocks of ``tall`` tokens by ``wide`` numbers
     zero    the same, what is taken off each code; None: half of 2**bits
     """
@@ -61,7 +62,9 @@ class Held:
         if len(x.shape) != 4 or spec.format not in ("int4", "int8") or isinstance(spec.block, int):
             raise ValueError(f"expected int4 or int8 (B, kv_heads, S, head_dim) in blocks, found {x!r}")
         scale, zero = x.params.dense()
-        words = _words(x.codes.flatten(0, 2), 2 ** (spec.bits - 1) if zero is None else 0, spec.bits)
+        codes = (x.codes.flatten(0, 2).int() + (2 ** (spec.bits - 1) if zero is None else 0)).byte()  # from 0 up
+        with torch.cuda.device_of(codes):  # Triton launches on the current device
+            words = interleaved(codes, _words_of(x.shape[3], spec.bits), spec.bits)[:, 0]
         blocks = Blocks(tuple(x.shape), spec.block)
         zero = None if zero is None else zero.contiguous()
         return cls(words, scale.contiguous(), zero, spec.bits, tuple(x.shape), *blocks.size)
@@ -85,16 +88,6 @@ class Held:
     def quick(self) -> bool:
         """Whether a tile has few scales beside its codes. Shared memory would not hold several steps of many."""
         return self.whole or self.even or self.alike
-
-
-def _words(codes: Tensor, offset: int, bits: int) -> Tensor:
-    """Codes (rows, columns), from 0 up once ``offset`` is added, to int16 (rows, J) as ``Held`` has them."""
-    each = WORD // bits
-    columns = triton.cdiv(codes.shape[1], each)
-    words = torch.zeros(len(codes), columns, dtype=torch.int32, device=codes.device)
-    for s, part in enumerate(codes.split(columns, dim=1)):
-        words[:, : part.shape[1]] |= (part.int() + offset) << (s * bits)
-    return words.to(torch.int16)
 
 
 def attend(
@@ -124,8 +117,8 @@ def attend(
     ahead = keys.quick and values.quick
     roomy = cores and width <= 128 and ahead  # otherwise more tokens than LEAST spill registers
     config = ATTEND if roomy else ATTEND | {"TOKENS": LEAST}
-    warps = config["num_warps"]
-    step = warps * config["TOKENS"]
+    config = config if ahead else config | {"STAGES": 1}
+    step = config["num_warps"] * config["TOKENS"]
     steps, parts = split(batch * kv_heads * tiles, triton.cdiv(context, step))
     sums = torch.empty(batch * heads, parts, width, device=q.device)
     logs = torch.empty(batch * heads, parts, device=q.device)
@@ -137,7 +130,7 @@ def attend(
             keys.tall, keys.wide, keys.scale.shape[1], values.tall, values.wide, values.scale.shape[1],
             K_BITS=keys.bits, K_WHOLE=keys.whole, K_EVEN=keys.even, K_ALIKE=keys.alike,
             V_BITS=values.bits, V_WHOLE=values.whole, V_EVEN=values.even, V_ALIKE=values.alike,
-            HEADS=tile, WIDTH=width, WARPS=warps, STAGES=config["num_stages"] if ahead else 1, **config,
+            HEADS=tile, WIDTH=width, WARPS=config["num_warps"], **config,
         )  # fmt: skip
         _combine[(batch * heads,)](sums, logs, y, width, parts, D=triton.next_power_of_2(width), **COMBINE)
     return y.to(dtype)
@@ -152,7 +145,7 @@ def _words_of(width, bits):  # type: ignore[no-untyped-def]
 @triton.constexpr_function
 def _tile_of(width, bits):  # type: ignore[no-untyped-def]
     """What a tile takes for them, a power of two."""
-    return max(LEAST, triton.next_power_of_2(triton.cdiv(width * bits, 16)))
+    return max(LEAST, triton.next_power_of_2(_words_of(width, bits)))
 
 
 @triton.jit

@@ -92,7 +92,7 @@ def cases() -> list[Case]:
     def attend(name: str, zero: str | None, bits: int, keys: dict[str, Any], q: str = "bf16") -> Case:
         values = {"v_tall": 1, "v_across": 1, "V_WHOLE": True, "V_EVEN": False, "V_ALIKE": True}
         zeros = {"k_zero": zero, "v_zero": zero}
-        config = attention.ATTEND | {"WARPS": attention.ATTEND["num_warps"], "STAGES": attention.ATTEND["num_stages"]}
+        config = attention.ATTEND | {"WARPS": attention.ATTEND["num_warps"]}
         code = {"K_BITS": bits, "V_BITS": bits, "HEADS": attention.LEAST, "WIDTH": 128}
         if q == "fp32":
             code |= {"HEADS": attention.LEAST_EXACT}

@@ -1,11 +1,16 @@
-"""Codes of 2, 4 or 8 bits in words of 32, and back: the bytes of ``labkit.quant.packing``, on the GPU."""
+"""Codes of 2, 4 or 8 bits in words of 32, and back: the bytes of ``labkit.quant.packing``, on the GPU. And in words of
+16, as the kernels that multiply take them.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from labkit.kernels.gpu.decode import WORD
 
 PACK = {"WORDS": 256, "num_warps": 4}
 
@@ -35,6 +40,19 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
         grid = (triton.cdiv(words.numel(), PACK["WORDS"]),)
         _unpack[grid](words.contiguous(), codes, columns, words.shape[1], words.numel(), BITS=bits, **PACK)
     return codes
+
+
+def interleaved(codes: Tensor, unit: int, bits: int) -> Tensor:
+    """uint8 codes (rows, columns) below 2**bits to int16 words (rows, blocks, unit), whose codes lie ``unit`` apart.
+
+    The code of column (block * each + s) * unit + j is at bit s * bits of word j, where a word has ``each`` codes. The
+    last block is filled up with zeros.
+    """
+    (rows, columns), each = codes.shape, WORD // bits
+    blocks = triton.cdiv(columns, each * unit)
+    codes = F.pad(codes, (0, blocks * each * unit - columns)).view(rows, blocks, each, unit).transpose(-1, -2)
+    words = pack(codes.reshape(rows * blocks, each * unit), bits).view(torch.int16)
+    return words[:, :unit].reshape(rows, blocks, unit)  # of an odd number the last 32 bits are half empty
 
 
 def words_of(columns: int, bits: int) -> int:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from labkit.kernels.gpu.decode import WORD, lift, lifted, looked_up
-from labkit.kernels.gpu.packing import pack
+from labkit.kernels.gpu.packing import interleaved
 from labkit.kernels.inputs import per_row, width_of
 from labkit.quant import Grid, QuantizedTensor
 
@@ -48,7 +48,7 @@ class Words:
     The last block is filled up: with four bits and groups of 64 or more, columns to a multiple of 256, and each ``x``
     with them. Those of large language models are such multiples.
 
-    words   (blocks, out, unit) int16; the code of column (block * each + s) * unit + j is at bit s * bits of word j
+    words   (blocks, out, unit) int16, from ``packing.interleaved``
     scale   (groups, out), float16 or float32
     zero    the same, what is taken off each code: float16 is of whole numbers; or None
     table   (2**bits,) float32: what each code stands for; or None
@@ -71,7 +71,8 @@ class Words:
     def of(cls, weight: QuantizedTensor) -> Words:
         """``weight`` (out, columns), which has no act-order left, as ``TritonGpu.why_not`` lets it through."""
         spec, (low, high) = weight.spec, weight.spec.code_range
-        (out, columns), width = weight.shape, width_of(weight) or weight.shape[1]
+        columns = weight.shape[1]
+        width = width_of(weight) or columns
         bits = next(size for size in (2, 4, 8) if size >= spec.bits)
         table, values = None, ()  # a table that was learned is read: each would make a kernel of its own
         if not spec.is_integer:
@@ -80,10 +81,8 @@ class Words:
             table[: high + 1] = Grid(spec, known).dequantize(torch.arange(high + 1), torch.ones(()))
             values = tuple(table.tolist()) if known is None else ()
             table = table.to(weight.codes.device)
-        unit, each = UNIT if width >= columns else min(UNIT, width & -width), WORD // bits
-        codes = F.pad((weight.codes.int() - low).byte(), (0, -columns % (each * unit)))
-        codes = codes.view(out, -1, each, unit).permute(1, 0, 3, 2)  # (blocks, out, unit, each)
-        words = pack(codes.reshape(-1, each * unit), bits).view(torch.int16).view(-1, out, unit)
+        unit = UNIT if width >= columns else min(UNIT, width & -width)
+        words = interleaved((weight.codes.int() - low).byte(), unit, bits)  # (out, blocks, unit)
         scale, zero = (None if part is None else per_row(part, weight).T.contiguous() for part in weight.params.dense())
         assert scale is not None
         # float16 where that loses nothing; of 8-bit codes a block has too few columns for it to be copied ahead.
@@ -91,6 +90,7 @@ class Words:
             scale = scale.half()
         if zero is not None:
             zero = zero.half() if bits <= 4 and spec.zero == "int" else zero.float()
+        words = words.transpose(0, 1).contiguous()
         return cls(words, scale, zero, table, bits, -low, columns, min(width, columns), values)
 
     @property

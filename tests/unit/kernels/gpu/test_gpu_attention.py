@@ -25,6 +25,8 @@ GRIDS = [
     "int8 g16",
     "int4 32x1 asym",
     "int4 tensor",
+    "int4 channel narrow",
+    "int8 channel narrow",
 ]
 
 
