@@ -51,7 +51,10 @@ class Reference:
         for at in range(end):
             batch = cache.batch(range(len(tokens)), 1)
             new = tokens[:, at : at + 1]
-            logits = model(new, batch)[:, 0] if step is None else step(new, batch)  # (windows, vocab)
+            if step is None:
+                logits = model(new, batch)[:, 0]  # (windows, vocab)
+            else:
+                logits = torch.stack([found for found, _ in step(new.tolist(), batch)])
             if at >= first:
                 total += self._kl(self._final[:, at], logits)
         return total / (len(tokens) * (end - first))

@@ -16,7 +16,7 @@ import torch  # noqa: F401  its OpenMP library must be loaded first: two pools o
 from labkit.files import whole_file
 
 FOLDER = Path(__file__).with_name("native")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fopenmp-simd", "-fno-math-errno")
 
 
 class Unavailable(RuntimeError):
@@ -62,7 +62,7 @@ def declared(made: ctypes.CDLL) -> ctypes.CDLL:
     """The library with its functions' argument types."""
     pointer, long = ctypes.c_void_p, ctypes.c_long
     made.labkit_linear.argtypes = [pointer, pointer, pointer, long, ctypes.c_int]
-    made.labkit_step.argtypes = [*[pointer] * 3, long, *[pointer] * 2, long, long, pointer, ctypes.c_int]
+    made.labkit_step.argtypes = [*[pointer] * 3, long, *[pointer] * 2, long, long, *[pointer] * 2, ctypes.c_int]
     made.labkit_sum.argtypes = [pointer, long, ctypes.c_int]
     made.labkit_columns.argtypes = [pointer, ctypes.c_int]
     made.labkit_linear.restype = made.labkit_columns.restype = made.labkit_step.restype = None

@@ -31,7 +31,8 @@ from labkit.serving.stream import (
 )
 
 STRETCH = 256  # tokens of a prompt that are read at once; after each a request may be cancelled
-Rows = list[tuple["Answer", Tensor]]  # whose next token these logits (vocab,) decide
+Next = tuple[Tensor, int | None]  # logits (vocab,) and which is the largest, where that is known
+Rows = list[tuple["Answer", Next]]  # whose next token they decide
 
 
 class PromptTooLong(ValueError):
@@ -156,12 +157,8 @@ class Engine:
     def _receive(self) -> None:
         """Take in what was submitted, waiting if there is nothing else to do; end what was cancelled."""
         wait = not self._answers and not self._closed
-        while True:
-            try:
-                answer = self._inbox.get(block=wait)
-            except queue.Empty:
-                break
-            wait = False
+        while wait or not self._inbox.empty():  # nobody else takes from it
+            answer, wait = self._inbox.get(), False
             if answer is not None:
                 self._answers[answer.request.id] = answer
                 self._scheduler.add(answer.request)
@@ -185,9 +182,9 @@ class Engine:
             for request in requests:
                 self._end(self._answers[request.id], error)
             return
-        for answer, logits in rows:
+        for answer, found in rows:
             try:
-                reason: FinishReason | Exception | None = answer.take(logits)
+                reason: FinishReason | Exception | None = answer.take(*found)
             except Exception as error:
                 reason = error
             if reason is not None:
@@ -207,27 +204,28 @@ class Engine:
                 return []  # the next turn ends it; a long prompt is not read to its end first
             x = block(x, rotary, cache)
         logits = self.model.end(x[:, -1:])  # (1, 1, vocab)
-        return [(answer, logits[0, 0])]
+        return [(answer, (logits[0, 0], None))]
 
     def _read(self, answer: Answer, native: Step) -> Rows:
         """The same by steps of our own kernel, each of a stretch of the prompt."""
         request = answer.request
-        for stretch in torch.tensor([request.prompt]).split(STRETCH, dim=1):  # (1, up to STRETCH)
+        for start in range(0, len(request.prompt), STRETCH):
             if self._closed or answer.channel.cancelled:
                 return []
-            logits = native(stretch, self._cache.batch([request.id], stretch.shape[1]))  # (1, vocab)
-        return [(answer, logits[0])]
+            stretch = request.prompt[start : start + STRETCH]
+            [found] = native([stretch], self._cache.batch([request.id], len(stretch)))
+        return [(answer, found)]
 
     def _decode(self, requests: list[Request]) -> Rows:
         """One more token for every running request."""
         batch = self._cache.batch([request.id for request in requests], 1)
         answers = [self._answers[id] for id in batch.ids]
-        tokens = torch.tensor([[answer.last] for answer in answers])  # (B, 1)
+        tokens = [[answer.last] for answer in answers]
         if self._native is not None and not self._native.hooked:
-            logits = self._native(tokens, batch)  # (B, vocab)
+            found = self._native(tokens, batch)
         else:
-            logits = self.model(tokens, batch)[:, 0]
-        return list(zip(answers, logits, strict=True))
+            found = [(logits, None) for logits in self.model(torch.tensor(tokens), batch)[:, 0]]
+        return list(zip(answers, found, strict=True))
 
     def _end(self, answer: Answer, why: FinishReason | BaseException) -> None:
         """Free all that a request holds and tell its caller."""
@@ -258,9 +256,9 @@ class Answer:
         self._text = self._tokenizer.stream()
         self._stop = StopFilter(params.stop)
 
-    def take(self, logits: Tensor) -> FinishReason | None:
+    def take(self, logits: Tensor, likeliest: int | None) -> FinishReason | None:
         """Choose the next token from logits (vocab,) and hand it on; why it was the last, or None."""
-        self.last = choose(logits, self.params, self._draw)
+        self.last = choose(logits, self.params, self._draw, likeliest)
         self._left -= 1
         ended = self.last in self._eos_ids
         text, stopped = self._stop.push("" if ended else self._text.push(self.last))

@@ -190,27 +190,34 @@ class KVCache:
 class Batch:
     """One forward pass over some requests; the ``Cache`` that the model asks for.
 
-    ids        the requests, in the order of the pass's rows
-    table      (B, P) int32: the pages of each, in order; what one has fewer is filled up with its first
-    positions  (B, T) int64, of the new tokens
+    ids     the requests, in the order of the pass's rows
+    starts  how many tokens each of them has already
+    tokens  how many each of them gets
+    pages   B lists of P: the pages of each, in order; what one has fewer is filled up with its first
     """
 
     rounds = True
 
     def __init__(self, cache: KVCache, ids: list[int], tables: list[list[int]], starts: list[int], tokens: int) -> None:
-        self.ids = ids
-        self.positions = torch.tensor([range(start, start + tokens) for start in starts], dtype=torch.int64)  # (B, T)
+        self.ids, self.starts, self.tokens = ids, starts, tokens
         self._cache, self._seen = cache, max(starts) + tokens
-        self._level = len(set(starts)) == 1  # all rows at the same place
         width = panels(self._seen)
-        filled = [pages + pages[:1] * (width - len(pages)) for pages in tables]
-        self.table = torch.tensor(filled, dtype=torch.int32)  # (B, P)
+        self.pages = [pages + pages[:1] * (width - len(pages)) for pages in tables]
 
-    # What follows is for ``update``: a step of our own kernel needs none of it.
+    # What follows is for the model's own pass: a step of our own kernel needs no tensors.
 
     @cached_property
-    def _pages(self) -> Tensor:
-        return self.table.long().gather(1, self.positions // PANEL)  # (B, T)
+    def positions(self) -> Tensor:  # type: ignore[override]
+        """(B, T) int64, of the new tokens."""
+        return torch.tensor([range(start, start + self.tokens) for start in self.starts], dtype=torch.int64)
+
+    @cached_property
+    def _table(self) -> Tensor:
+        return torch.tensor(self.pages)  # (B, P)
+
+    @cached_property
+    def _written(self) -> Tensor:
+        return self._table.gather(1, self.positions // PANEL)  # (B, T)
 
     @cached_property
     def _masks(self) -> list[Tensor | None]:
@@ -220,7 +227,7 @@ class Batch:
 
     def _mask(self, window: int | None, seen: int) -> Tensor | None:
         """bool (B, 1, T, S). A row sees its own past; what lies behind it belongs to nobody."""
-        whole = self._level and self.positions.shape[1] == 1
+        whole = len(set(self.starts)) == 1 and self.tokens == 1  # all rows at the same place
         if whole and (window is None or seen <= window):
             return None
         return visible(self.positions, torch.arange(seen)[None], window)
@@ -229,8 +236,8 @@ class Batch:
         """Keep a layer's new keys and values (B, kv_heads, T, head_dim) and give all so far, T become S."""
         whole = []
         for store, new in ((self._cache.keys, k), (self._cache.values, v)):
-            store.write(layer, self._pages, self.positions % PANEL, new.transpose(1, 2))
-            whole.append(store.read(layer, self.table, new.dtype)[:, :, : self._seen])  # (B, kv_heads, S, head_dim)
+            store.write(layer, self._written, self.positions % PANEL, new.transpose(1, 2))
+            whole.append(store.read(layer, self._table, new.dtype)[:, :, : self._seen])  # (B, kv_heads, S, head_dim)
         return whole[0], whole[1], self._masks[layer]
 
 

@@ -50,12 +50,14 @@ class SamplingParams:
             raise ValueError(f"logprobs must be None or 0 to {MAX_LOGPROBS}, found {self.logprobs}")
 
 
-def choose(logits: Tensor, params: SamplingParams, draw: random.Random) -> int:
-    """The next token's id, from one position's logits (vocab,).
+def choose(logits: Tensor, params: SamplingParams, draw: random.Random, likeliest: int | None = None) -> int:
+    """The next token's id, from one position's logits (vocab,), of which ``likeliest`` is the largest where that is known.
 
     ``draw`` is the request's own source of randomness: one number is taken from it for each drawn token,
     so that a request's tokens depend on its seed alone. Raises ValueError for logits that are not finite.
     """
+    if params.temperature == 0 and likeliest is not None:
+        return likeliest
     values = logits.numpy()  # whose argmax is several times as fast as torch's, and finds NaN first
     top = values[best := int(values.argmax())]
     if not math.isfinite(top):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from labkit.kernels import best, build
 from labkit.kernels.native_cpu import NativeCpu, settle
@@ -40,9 +41,9 @@ class _Model(ctypes.Structure):
     _fields_ = [
         *((name, _LONG) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate")),
         ("eps", ctypes.c_float),
-        *((name, _POINTER) for name in ("inverse_frequencies", "norm", "layer")),
+        *((name, _POINTER) for name in ("inverse_frequencies", "embedding", "norm", "layer")),
         ("head", build.Weight),
-        ("leave", _Turn),
+        *((name, _Turn) for name in ("enter", "leave")),
     ]
 
 
@@ -99,38 +100,61 @@ class Step:
     def __init__(self, model: Llama, cache: KVCache) -> None:
         config = model.config
         self._library = build.library()
-        self._embedding, self._enter = model.model.embed_tokens.weight.detach(), model.model.enter
+        embedding = model.model.embed_tokens.weight
+        self._known = len(embedding)
         self._hooks = [h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._unhooked = -1
         self._kept: list[object] = [model, cache]  # whose memory the structures below point into
         settle([linear.prepared for linear in model.linears().values() if not isinstance(linear.weight, Tensor)])
         layers = (_Layer * config.layers)(*(self._layer(model, i) for i in range(config.layers)))
         self._kept.append(layers)
         self._model = _Model(
             config.layers, config.hidden_size, config.heads, config.kv_heads, config.head_dim, config.intermediate_size,
-            config.norm_eps, self._address(model.inverse_frequencies), self._address(model.model.norm.weight),
-            ctypes.addressof(layers), self._weight(model.lm_head), self._turn(model.model.leave, config.hidden_size),
+            config.norm_eps, self._address(model.inverse_frequencies), self._address(embedding),
+            self._address(model.model.norm.weight), ctypes.addressof(layers), self._weight(model.lm_head),
+            self._turn(model.model.enter, config.hidden_size), self._turn(model.model.leave, config.hidden_size),
         )  # fmt: skip
         self._cache = _Cache(_kept(cache.keys), _kept(cache.values))
         # Of float32 weights torch's own product is faster where rows are many.
         blocks = [module for module in model.blocks.modules() if isinstance(module, Linear)]
         self.reads = all(isinstance(linear.weight, QuantizedTensor) for linear in blocks)
-        self._vocab = model.lm_head.out_features
+        # Made once. Between two steps caches are full of weights, and whatever Python does takes several times as long.
+        logits = torch.empty(cache.max_batch, model.lm_head.out_features)
+        self._logits, self._at = list(logits), logits.data_ptr()
+        self._likeliest = (_LONG * cache.max_batch)()
 
-    def __call__(self, tokens: Tensor, batch: Batch) -> Tensor:
-        """Logits (B, vocab) float32 about what follows the last of ``tokens`` (B, T), the new ones of each request."""
-        count = tokens.shape[0]
-        x = self._enter(F.embedding(tokens, self._embedding)).contiguous()  # (B, T, hidden)
-        logits = torch.empty(count, self._vocab)
+    def __call__(self, tokens: Sequence[Sequence[int]], batch: Batch) -> list[tuple[Tensor, int | None]]:
+        """What follows the new tokens of each of the batch's requests, as many for each as the batch has room for.
+
+        Logits (vocab,) float32, which the next call writes over, and the likeliest id: None where not all are finite.
+        Raises ValueError for tokens that are not the batch's, IndexError for an id that the embedding has not.
+        """
+        rows = [id for new in tokens for id in new]
+        if any(len(new) != batch.tokens for new in tokens) or len(tokens) != len(batch.ids):
+            raise ValueError(f"expected {batch.tokens} tokens for each of {len(batch.ids)} texts, found {tokens}")
+        if not 0 <= min(rows) <= max(rows) < self._known:
+            raise IndexError(f"ids must lie in 0..{self._known - 1}, found {min(rows)}..{max(rows)}")
+        count, pages = len(tokens), [page for pages in batch.pages for page in pages]
         self._library.labkit_step(
-            ctypes.byref(self._model), ctypes.byref(self._cache), batch.table.data_ptr(), batch.table.shape[1],
-            batch.positions.data_ptr(), x.data_ptr(), tokens.numel(), count, logits.data_ptr(), torch.get_num_threads(),
+            ctypes.byref(self._model), ctypes.byref(self._cache), (ctypes.c_int32 * len(pages))(*pages),
+            len(pages) // count, (_LONG * count)(*batch.starts), (_LONG * len(rows))(*rows), len(rows), count,
+            self._at, self._likeliest, torch.get_num_threads(),
         )  # fmt: skip
-        return logits
+        return [
+            (logits, None if likeliest < 0 else likeliest)
+            for logits, likeliest in zip(self._logits, self._likeliest[:count], strict=False)
+        ]
 
     @property
     def hooked(self) -> bool:
         """Whether a hook waits on one of the model's modules. A step passes them by; the model's own pass calls it."""
-        return any(self._hooks)
+        # Each hook that is registered anywhere takes the next number, so hundreds of modules need not be asked each time.
+        if self._unhooked == RemovableHandle.next_id:
+            return False
+        made = RemovableHandle.next_id
+        found = any(self._hooks)
+        self._unhooked = -1 if found else made
+        return found
 
     def _layer(self, model: Llama, index: int) -> _Layer:
         block = model.blocks[index]

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
@@ -46,12 +47,11 @@ inline void round_rows(const Columns& c, long first, float* block) {
 }
 
 inline void round_columns(const Columns& c, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
+    const long blocks = (c.rows + LANES - 1) / LANES;
+    in_parallel(threads, [&](long part) {
         std::vector<float> block(c.width * LANES);
-#pragma omp for schedule(static)
-        for (long first = 0; first < c.rows; first += LANES) round_rows(c, first, block.data());
-    }
+        for (long b = blocks * part / threads; b < blocks * (part + 1) / threads; b++) round_rows(c, b * LANES, block.data());
+    });
 }
 
 }  // namespace

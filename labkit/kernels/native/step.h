@@ -2,18 +2,12 @@
 //
 // All threads run the same code and share out the panels of each product and the heads of attention. What each needs whole,
 // the normed rows, each computes for itself: that is cheaper than waiting for another. They wait for each other six times a
-// layer, and once more where its model is a rotated one. Between products nothing but float32 is computed with; the caller
-// looks up the embedding.
+// layer, and once more where its model is a rotated one. Between products nothing but float32 is computed with.
 
 #pragma once
-#include <omp.h>
-
-#include <atomic>
-#include <optional>
-#include <thread>
-
 #include "pages.h"
 #include "product.h"
+#include "threads.h"
 
 namespace {
 
@@ -37,36 +31,15 @@ struct Model {
     int64_t layers, hidden, heads, kv_heads, head_dim, intermediate;
     float eps;
     const float* inverse_frequencies;  // (head_dim / 2,)
+    const float* embedding;            // (vocab, hidden)
     const float* norm;                 // (hidden,)
     const Layer* layer;
     Linear head;
-    Turn leave;  // of what the last norm reads
+    Turn enter, leave;  // of the embedding, and of what the last norm reads
 };
 
 struct Cache {
     Kept keys, values;
-};
-
-// Where the threads of a step wait for each other. OpenMP's own barrier puts threads to sleep as soon as the process has more
-// of them than processors, which it has when two Python threads have computed: waking one takes longer than a product.
-class Barrier {
-public:
-    explicit Barrier(int threads) : threads_(threads) {}
-    void wait() {
-        const int phase = phase_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-            arrived_.store(0, std::memory_order_relaxed);
-            phase_.store(phase + 1, std::memory_order_release);
-            return;
-        }
-        for (int turn = 0; phase_.load(std::memory_order_acquire) == phase; turn++)
-            if (turn > PATIENCE) std::this_thread::yield();  // somebody else may need this processor
-    }
-
-private:
-    static constexpr int PATIENCE = 20000;  // tens of microseconds
-    const int threads_;
-    std::atomic<int> arrived_{0}, phase_{0};
 };
 
 inline void rms_norm(const float* x, const float* weight, long size, float eps, float* y) {
@@ -307,10 +280,31 @@ inline void join(const float* results, const float* logs, long pieces, long coun
     }
 }
 
-// x (rows, hidden): the new tokens' embeddings on the way in, of `count` sequences as many each, whose pages stand in table (count,
-// pages). Row r's token stands at positions[r] of its sequence. logits (count, vocab) of each sequence's last row.
-inline void step(const Model& model, const Cache& cache, const int32_t* table, long pages, const int64_t* positions, float* x,
-                 long rows, long count, float* logits, int threads) {
+// The largest of some numbers and where it stands first; nowhere, -1, where one of them is no number or infinite.
+struct Top {
+    float value = -INFINITY;
+    long at = -1;
+};
+
+inline Top top_of(const float* x, long first, long end) {
+    constexpr long BLOCK = 512;
+    Top top;
+    float strange = 0;
+    for (long begin = first; begin < end; begin += BLOCK) {
+        float largest = -INFINITY;
+#pragma omp simd reduction(max : largest) reduction(+ : strange)
+        for (long i = begin; i < std::min(begin + BLOCK, end); i++) largest = std::max(largest, x[i]), strange += x[i] * 0;
+        if (largest > top.value) top = {largest, begin};
+    }
+    if (strange != 0) return {INFINITY, -1};  // whatever the others have
+    while (top.at >= 0 && x[top.at] != top.value) top.at++;
+    return top;
+}
+
+// tokens (rows,): the new ones of `count` sequences, as many each, whose pages stand in table (count, pages) and who have starts
+// (count,) tokens already. logits (count, vocab) of each sequence's last token, likeliest (count,) where its largest stands: top_of.
+inline void step(const Model& model, const Cache& cache, const int32_t* table, long pages, const int64_t* starts,
+                 const int64_t* tokens, long rows, long count, float* logits, int64_t* likeliest, int threads) {
     const long hidden = model.hidden, size = model.head_dim, half = size / 2, group = model.heads / model.kv_heads;
     const long q_size = model.heads * size, kv_size = model.kv_heads * size;
     std::vector<float> q(rows * q_size), k(rows * kv_size), v(rows * kv_size);
@@ -318,18 +312,14 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
     int pieces;
     const std::vector<Share> shares = shares_of(rows, each, model.kv_heads, group, threads, pages, &pieces);
     std::vector<float> mixed(pieces * rows * q_size), logs(pieces * rows * model.heads);
-    std::optional<Barrier> barrier;
-    std::vector<float> inner(rows * model.intermediate), cos(rows * half), sin(rows * half);
-    for (long i = 0; i < rows * half; i++) {
-        const float angle = positions[i / half] * model.inverse_frequencies[i % half];
-        cos[i] = std::cos(angle), sin[i] = std::sin(angle);
-    }
+    Barrier barrier(threads);
+    std::vector<float> x_room(rows * hidden), inner(rows * model.intermediate), cos(rows * half), sin(rows * half);
+    float* x = x_room.data();
+    std::vector<long> positions(rows);
+    std::vector<Top> tops(threads * count);
 
-#pragma omp parallel num_threads(threads)
-    {
-        const long parts = omp_get_num_threads(), part = omp_get_thread_num();
-#pragma omp single
-        barrier.emplace(parts);
+    in_parallel(threads, [&](const long part) {
+        const long parts = threads;
         std::vector<float> normed(rows * hidden), joined(pieces > 1 ? rows * q_size : 0);
         Room room(pages);
         Input input;
@@ -360,13 +350,23 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
             for (long j = 0; j < count; j++) sums[j] += values[j];
         };
 
+        for (long m = part; m < rows; m += parts) {
+            std::memcpy(x + m * hidden, model.embedding + tokens[m] * hidden, hidden * sizeof(float));
+            if (model.enter.base) turn(model.enter, hidden, x + m * hidden);
+            positions[m] = starts[m / each] + m % each;
+            for (long i = 0; i < half; i++) {
+                const float angle = positions[m] * model.inverse_frequencies[i];
+                cos[m * half + i] = std::cos(angle), sin[m * half + i] = std::sin(angle);
+            }
+        }
+        barrier.wait();
         for (long l = 0; l < model.layers; l++) {
             const Layer& layer = model.layer[l];
             norm(layer.input_norm);
             share(layer.q, normed.data(), rows, layer.k, into(q.data(), q_size));
             share(layer.k, nullptr, rows, layer.v, into(k.data(), kv_size));
             share(layer.v, nullptr, rows, layer.o, into(v.data(), kv_size));
-            barrier->wait();
+            barrier.wait();
             const auto seen_by = [&](long m, long h) {  // what row m sees with its head h
                 const auto pages_of = [&](const Kept& kept) { return Pages(kept, l, model.kv_heads, h, size); };
                 return Seen{cache, pages_of(cache.keys), pages_of(cache.values), table + m / each * pages};
@@ -388,7 +388,7 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
                     rotate(query, &cos[m * half], &sin[m * half], half);
                 }
             }
-            barrier->wait();
+            barrier.wait();
             for (size_t unit = part; unit < shares.size(); unit += parts) {
                 const Share& some = shares[unit];
                 Query queries[QUERIES];
@@ -402,10 +402,10 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
                 cut(queries, some.count, some.piece, pieces);
                 attend(some.count, queries, seen_by(some.row, some.head), room);
             }
-            barrier->wait();
+            barrier.wait();
             if (pieces > 1) join(mixed.data(), logs.data(), pieces, rows * model.heads, size, joined.data());
             share(layer.o, pieces > 1 ? joined.data() : mixed.data(), rows, layer.gate, onto_x);
-            barrier->wait();
+            barrier.wait();
             norm(layer.post_norm);
             share(layer.gate, normed.data(), rows, layer.up, into(inner.data(), model.intermediate));
             share(layer.up, nullptr, rows, layer.down, [&](long m, long n, long count, const float* values) {
@@ -413,13 +413,13 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
 #pragma omp simd
                 for (long j = 0; j < count; j++) gate[j] = gate[j] / (1 + exp_of(-gate[j])) * values[j];
             });
-            barrier->wait();
+            barrier.wait();
             if (layer.mix.base) {
                 for (long m = part; m < rows; m += parts) turn(layer.mix, model.intermediate, &inner[m * model.intermediate]);
-                barrier->wait();
+                barrier.wait();
             }
             share(layer.down, inner.data(), rows, l + 1 < model.layers ? model.layer[l + 1].q : model.head, onto_x);
-            barrier->wait();
+            barrier.wait();
         }
         for (long m = 0; m < count; m++) {
             float* row = &normed[m * hidden];
@@ -427,7 +427,16 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
             if (model.leave.base) turn(model.leave, hidden, row);
             rms_norm(row, model.norm, hidden, model.eps, row);
         }
-        share(model.head, normed.data(), count, model.layer[0].q, into(logits, model.head.out));
+        const long vocab = model.head.out, panels = model.head.panels();
+        share(model.head, normed.data(), count, model.layer[0].q, into(logits, vocab));
+        const long first = panels * part / parts * LANES, end = std::min(vocab, panels * (part + 1) / parts * LANES);
+        for (long m = 0; m < count; m++) tops[part * count + m] = top_of(logits + m * vocab, first, end);
+    });
+    for (long m = 0; m < count; m++) {
+        Top top = tops[m];
+        for (size_t i = m + count; i < tops.size(); i += count)
+            if (tops[i].value > top.value) top = tops[i];
+        likeliest[m] = top.at;
     }
 }
 

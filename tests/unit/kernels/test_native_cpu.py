@@ -338,9 +338,9 @@ def run(code: str, **environment: str) -> str:
     return ran.stdout
 
 
-@pytest.mark.parametrize("march", MARCHES)
-def test_no_byte_outside_its_buffers_is_touched(march: str, tmp_path: Path) -> None:
-    """AddressSanitizer, with one thread, since it does not know OpenMP's."""
+@pytest.mark.parametrize(("sanitizer", "march"), [*(("address", march) for march in MARCHES), ("thread", "native")])
+def test_no_byte_is_touched_outside_its_buffers_or_by_two_at_once(sanitizer: str, march: str, tmp_path: Path) -> None:
+    """AddressSanitizer and ThreadSanitizer, with two threads. They do not know OpenMP, by which torch computes."""
     compiler = shutil.which("g++")
     assert compiler
     checked = tmp_path / "checked.so"
@@ -351,17 +351,19 @@ def test_no_byte_outside_its_buffers_is_touched(march: str, tmp_path: Path) -> N
         "-std=c++17",
         "-shared",
         "-fPIC",
-        "-fsanitize=address",
+        "-pthread",
+        f"-fsanitize={sanitizer}",
         f"-march={march}",
     ]
     subprocess.run(
         [*command, str(build.FOLDER / "library.cpp"), "-o", str(checked)], check=True, capture_output=True
     )
     runtime = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
+        [compiler, f"-print-file-name=lib{sanitizer[0]}san.so"], capture_output=True, text=True
     ).stdout.strip()
     code = f"""
     build.library = lambda march="native": build.declared(ctypes.CDLL({str(checked)!r}))
+    torch.get_num_threads = lambda: 2
     for text in ("int4 g16 asym", "int8 g32 asym scale=fp32", "nf4 channel", "int3 channel"):
         for out, inputs in ((1, 1), (33, 75), (16, 64)):
             for rows in (1, 2, 5, 8, 11):
@@ -383,13 +385,29 @@ def test_no_byte_outside_its_buffers_is_touched(march: str, tmp_path: Path) -> N
             for sequence in (0, 1):
                 cache.add(sequence)
             for at in range(20):
-                step(torch.tensor([[at], [at]]), cache.batch([0, 1], 1))
+                step([[at], [at]], cache.batch([0, 1], 1))
             cache.remove(0), cache.add(0)
-            step(torch.arange(20)[None], cache.batch([0], 20))
+            step([range(20)], cache.batch([0], 20))
     print("clean")
     """  # fmt: skip
-    settings = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    (known := tmp_path / "known").write_text("race:libtorch\nrace:libgomp\n")
+    settings = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": f"suppressions={known}", "OMP_NUM_THREADS": "1"}
     assert run(code, **settings) == "clean\n"
+
+
+def test_a_forked_process_has_threads_of_its_own_and_ends() -> None:
+    code = """
+    import os
+    torch.get_num_threads = lambda: 2
+    product, x = NativeCpu(weight("int4 g16", 40, 64)), torch.randn(3, 64)
+    wanted = product(x)
+    for computes in (True, False):
+        child = os.fork()
+        if child == 0:
+            raise SystemExit(7 if not computes or torch.equal(product(x), wanted) else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    assert run(code) == "7\n7\n"
 
 
 def test_without_a_compiler_the_reference_takes_over_and_the_reason_is_said() -> None:

@@ -119,7 +119,7 @@ def test_joining_growing_and_leaving_in_any_order(seed: int, kv: KVSpec):
             referee.step(some, tokens)
             lengths = after
         assert {i: cache.length(i) for i in lengths} == lengths and cache.tokens == sum(lengths.values())
-        held = [cache.batch([i], 0).table[0, : panels(length)].tolist() for i, length in lengths.items() if length]
+        held = [cache.batch([i], 0).pages[0][: panels(length)] for i, length in lengths.items() if length]
         pages = [page for table in held for page in table]
         assert len(pages) == len(set(pages)), "two requests share a page"
         seen, most = seen | set(pages), max(most, len(pages))
@@ -131,7 +131,7 @@ def test_what_is_freed_is_taken_before_what_was_never_written():
     tables = []
     for id in range(9):
         cache.add(id)
-        tables += cache.batch([id], 40).table[0].tolist()
+        tables += cache.batch([id], 40).pages[0]
         if id % 2:
             cache.remove(id), cache.remove(id - 1)
     assert set(tables) == set(range(6))
@@ -198,7 +198,7 @@ def test_a_request_that_wrote_nan_leaves_nothing_behind():
         for layer in (0, 1):
             bad = torch.full((1, 2, tokens, 6), 1.0 if id == 0 else float("nan"))
             batch.update(layer, bad, bad)
-    [mine] = cache.batch([0], 0).table[0].tolist()
+    [mine] = cache.batch([0], 0).pages[0]
     cache.remove(1)
     cache.remove(2)
     for store in (cache.keys, cache.values):
