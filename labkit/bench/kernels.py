@@ -24,6 +24,7 @@ from labkit.bench.measure import Contender, Row, Setting, Unit, invited
 from labkit.bench.pipe import Peer
 from labkit.kernels import Prepared, build, prepare
 from labkit.kernels.arena import Arena
+from labkit.kernels.native_cpu import NativeCpu, settle
 from labkit.quant import QuantizedTensor, QuantSpec, rtn
 
 SIZE = 4096
@@ -194,12 +195,17 @@ def _timed(run: Callable[[], object]) -> float:
 
 def in_large_pages(weights: Sequence[Any]) -> list[Any]:
     """Tensors, or weights laid out for a kernel, with their numbers in one stretch of pages as large as there are."""
-    held = [part for weight in weights for part in ([weight] if isinstance(weight, Tensor) else vars(weight).values())]
-    arena = Arena(Arena.nbytes([part for part in held if isinstance(part, Tensor)]))
-    for weight in weights:
-        for name, part in {} if isinstance(weight, Tensor) else vars(weight).items():
-            if isinstance(part, Tensor):
-                setattr(weight, name, arena.take(part))
+    settle(weights)  # what is ours; of others, each tensor that they hold
+    parts = [
+        (weight, name, part)
+        for weight in weights
+        for name, part in ({} if isinstance(weight, Tensor | NativeCpu) else vars(weight)).items()
+        if isinstance(part, Tensor)
+    ]
+    plain = [weight for weight in weights if isinstance(weight, Tensor)]
+    arena = Arena(Arena.nbytes([*(part for *_, part in parts), *plain]))
+    for weight, name, part in parts:
+        setattr(weight, name, arena.take(part))
     return [arena.take(weight) if isinstance(weight, Tensor) else weight for weight in weights]
 
 

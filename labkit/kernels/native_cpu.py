@@ -100,6 +100,7 @@ class NativeCpu:
         self._table = self._table.to(dtype) if self._own else self._table
         self._scale = scale.to(dtype)
         self._offset = None if offset is None else offset.to(dtype)
+        self._told = ctypes.byref(self.native())
 
     def _by_panel(self, part: Tensor) -> Tensor:
         """One for each row and group, (panels, groups, 16) float32, of one for each block; or (out, groups)."""
@@ -134,13 +135,13 @@ class NativeCpu:
         return y if bias is None else y + bias.to(y.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.shape[1]).float().contiguous()
-        count = rows.shape[0]  # of a tensor, len takes a microsecond
-        y = torch.empty(count, self.shape[0])
+        # Caches are full of weights: each operator here takes several times as long as where they are not.
+        plain = x.dtype == torch.float32 and x.is_contiguous()
+        rows, y = x if plain else x.float().contiguous(), torch.empty(*x.shape[:-1], self.shape[0])
         build.library(self._march).labkit_linear(
-            ctypes.byref(self.native()), rows.data_ptr(), y.data_ptr(), count, torch.get_num_threads()
+            self._told, rows.data_ptr(), y.data_ptr(), x.numel() // self.shape[1], torch.get_num_threads()
         )
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def settle(weights: Iterable[object]) -> None:
@@ -151,7 +152,8 @@ def settle(weights: Iterable[object]) -> None:
     arena = Arena(Arena.nbytes([part for *_, part in parts]))
     for weight, name, part in parts:
         setattr(weight, name, arena.take(part))
-        weight._settled = True
+    for weight in found:
+        weight._settled, weight._told = True, ctypes.byref(weight.native())
 
 
 class _Product(torch.autograd.Function):
