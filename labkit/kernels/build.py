@@ -11,8 +11,6 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import torch  # noqa: F401  its OpenMP library must be loaded first: two pools of threads get in each other's way
-
 from labkit.files import whole_file
 
 FOLDER = Path(__file__).with_name("native")

@@ -33,8 +33,10 @@ class Cache(Protocol):
                 To round twice would not do: a rounded number may have another scale.
     """
 
-    positions: Tensor
     rounds: bool
+
+    @property
+    def positions(self) -> Tensor: ...
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]: ...
 

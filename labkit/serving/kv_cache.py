@@ -207,7 +207,7 @@ class Batch:
     # What follows is for the model's own pass: a step of our own kernel needs no tensors.
 
     @cached_property
-    def positions(self) -> Tensor:  # type: ignore[override]
+    def positions(self) -> Tensor:
         """(B, T) int64, of the new tokens."""
         return torch.tensor([range(start, start + self.tokens) for start in self.starts], dtype=torch.int64)
 

@@ -51,7 +51,7 @@ class SamplingParams:
 
 
 def choose(logits: Tensor, params: SamplingParams, draw: random.Random, likeliest: int | None = None) -> int:
-    """The next token's id, from one position's logits (vocab,), of which ``likeliest`` is the largest where that is known.
+    """The next token's id, from one position's logits (vocab,), of which ``likeliest`` is the largest, where known.
 
     ``draw`` is the request's own source of randomness: one number is taken from it for each drawn token,
     so that a request's tokens depend on its seed alone. Raises ValueError for logits that are not finite.

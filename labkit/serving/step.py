@@ -148,7 +148,7 @@ class Step:
     @property
     def hooked(self) -> bool:
         """Whether a hook waits on one of the model's modules. A step passes them by; the model's own pass calls it."""
-        # Each hook that is registered anywhere takes the next number, so hundreds of modules need not be asked each time.
+        # Each hook that is registered anywhere takes the next number: hundreds of modules need not be asked each time.
         if self._unhooked == RemovableHandle.next_id:
             return False
         made = RemovableHandle.next_id

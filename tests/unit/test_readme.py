@@ -129,6 +129,19 @@ def test_the_table_of_speeds_is_that_of_the_measurements() -> None:
     assert markdown(rows) in text("README.md")
 
 
+def test_what_is_said_of_another_gpu_is_in_its_measurements() -> None:
+    rows = [Row(**row) for row in json.loads(text("data/measurements/bench_h200.json"))]
+
+    def spread(beginning: str) -> str:
+        of = [r for r in rows if r.work.startswith(beginning) and r.peer_name == "torch bf16"]
+        ratios = [r.ratio for r in of if r.ratio and (r.work.endswith(" int4 g64") or beginning == "attention")]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+    said = " ".join(text("README.md").split())
+    assert f"{spread('1 row ')} times as fast with 1 row and {spread('16 rows')} with 16" in said
+    assert f"attention {spread('attention')}" in said
+
+
 def test_the_table_of_a_gpu_is_that_of_the_measurements() -> None:
     rows = [Row(**row) for row in json.loads(text("data/measurements/bench_h100.json"))]
     goals = [row for row in rows if row.goal is not None and not row.work.endswith((" asym", "nf4 g64"))]

@@ -156,6 +156,16 @@ public:
         return kept_.stride * Stored::BITS / 8;
     }
 
+    // Asks for a page, and says how many bytes that are.
+    long ask_for(int32_t page) const {
+        long asked = 0;
+        with_format(kept_.format, [&](auto stored) {
+            using Stored = decltype(stored);
+            for (; asked < bytes<Stored>(); asked += 64) fetch_for_later(codes<Stored>(page) + asked);
+        });
+        return asked;
+    }
+
     // Write one token, x (size,), as the grid's fit and encode do in Python. Where those refuse a number that is none, or too large
     // for its scale, the group has no numbers.
     template <class Stored>

@@ -95,6 +95,7 @@ struct Query {
     float* log;  // of the sum of e^score, by which parts of a sequence are weighed against each other
 };
 
+constexpr long ASKED = 96 << 10;  // bytes of keys and values that are asked for together
 constexpr int QUERIES = 4;  // that share what is loaded of keys and values
 
 // scores (COUNT, stride): the queries times the keys of the pages that stand in table from..to.
@@ -362,15 +363,33 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
         barrier.wait();
         for (long l = 0; l < model.layers; l++) {
             const Layer& layer = model.layer[l];
-            norm(layer.input_norm);
-            share(layer.q, normed.data(), rows, layer.k, into(q.data(), q_size));
-            share(layer.k, nullptr, rows, layer.v, into(k.data(), kv_size));
-            share(layer.v, nullptr, rows, layer.o, into(v.data(), kv_size));
-            barrier.wait();
             const auto seen_by = [&](long m, long h) {  // what row m sees with its head h
                 const auto pages_of = [&](const Kept& kept) { return Pages(kept, l, model.kv_heads, h, size); };
                 return Seen{cache, pages_of(cache.keys), pages_of(cache.values), table + m / each * pages};
             };
+            const auto queries_of = [&](const Share& some, Query* queries) {
+                for (int j = 0; j < some.count; j++) {
+                    const long m = some.row + (some.first + j) / group, i = some.head * group + (some.first + j) % group;
+                    const long first = layer.window ? std::max<long>(0, positions[m] - layer.window + 1) : 0;
+                    const long at = (some.piece * rows + m) * model.heads + i;
+                    queries[j] = {&q[m * q_size + i * size], first, positions[m], &mixed[at * size], &logs[at]};
+                }
+                cut(queries, some.count, some.piece, pieces);
+            };
+            norm(layer.input_norm);
+            share(layer.q, normed.data(), rows, layer.k, into(q.data(), q_size));
+            share(layer.k, nullptr, rows, layer.v, into(k.data(), kv_size));
+            share(layer.v, nullptr, rows, layer.o, into(v.data(), kv_size));
+            // What this thread's attention reads first comes while the threads wait for each other.
+            long asked = 0;
+            for (size_t unit = part; unit < shares.size() && asked < ASKED; unit += parts) {
+                Query queries[QUERIES];
+                queries_of(shares[unit], queries);
+                const Seen seen = seen_by(shares[unit].row, shares[unit].head);
+                for (const Pages* pages : {&seen.keys, &seen.values})
+                    for (long p = queries[0].first / LANES; p <= queries[0].last / LANES && asked < ASKED; p++) asked += pages->ask_for(seen.table[p]);
+            }
+            barrier.wait();
             const auto keep = [&](const Kept& kept, const Pages& pages, int32_t page, long lane, const float* x) {
                 with_format(kept.format, [&](auto stored) { pages.keep<decltype(stored)>(page, lane, x); });
             };
@@ -392,14 +411,7 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
             for (size_t unit = part; unit < shares.size(); unit += parts) {
                 const Share& some = shares[unit];
                 Query queries[QUERIES];
-                for (int j = 0; j < some.count; j++) {
-                    const long m = some.row + (some.first + j) / group, i = some.head * group + (some.first + j) % group;
-                    float* query = &q[m * q_size + i * size];
-                    const long first = layer.window ? std::max<long>(0, positions[m] - layer.window + 1) : 0;
-                    const long at = (some.piece * rows + m) * model.heads + i;
-                    queries[j] = {query, first, positions[m], &mixed[at * size], &logs[at]};
-                }
-                cut(queries, some.count, some.piece, pieces);
+                queries_of(some, queries);
                 attend(some.count, queries, seen_by(some.row, some.head), room);
             }
             barrier.wait();

@@ -208,6 +208,7 @@ inline void fetch_ahead(const uint8_t* now, long bytes, const Stretch& here) {
 }
 
 inline void fetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+inline void fetch_for_later(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }  // not into the nearest cache
 
 inline float largest_of(const float* x, long size) {
     float largest = -INFINITY;

@@ -391,8 +391,8 @@ def test_no_byte_is_touched_outside_its_buffers_or_by_two_at_once(sanitizer: str
     print("clean")
     """  # fmt: skip
     (known := tmp_path / "known").write_text("race:libtorch\nrace:libgomp\n")
-    settings = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": f"suppressions={known}", "OMP_NUM_THREADS": "1"}
-    assert run(code, **settings) == "clean\n"
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": f"suppressions={known}"}
+    assert run(code, LD_PRELOAD=runtime, OMP_NUM_THREADS="1", **options) == "clean\n"
 
 
 def test_a_forked_process_has_threads_of_its_own_and_ends() -> None:
