@@ -119,15 +119,17 @@ class NativeCpu:
         return sum(part.nbytes for part in parts if part is not None)
 
     def native(self) -> build.Weight:
-        """The weight as the library takes it, without a bias, for as long as this object lives."""
+        """The weight as the library takes it, without a bias. It keeps alive what it points to."""
         parts = (self._codes, self._table, self._scale, self._offset, None, self._order)
-        return build.Weight(
+        found = build.Weight(
             self._bits,
             self._half,
             self._own,
             *(None if part is None else part.data_ptr() for part in parts),
             *(*self.shape, self._columns, self._width, self._input_width),
         )
+        found.kept = parts
+        return found
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         check_input(x, self.shape)
@@ -144,15 +146,17 @@ class NativeCpu:
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
+_READ = ("_codes", "_table", "_scale", "_offset")  # by each product, in this order
+
+
 def settle(weights: Iterable[object]) -> None:
     """Put those of ``weights`` that are this kernel's into one stretch of memory, in their order, once for all."""
     found = [weight for weight in weights if isinstance(weight, NativeCpu) and not weight._settled]
-    names = ("_codes", "_table", "_scale", "_offset")
-    parts = [(weight, name, part) for weight in found for name in names if (part := getattr(weight, name)) is not None]
-    arena = Arena(Arena.nbytes([part for *_, part in parts]))
-    for weight, name, part in parts:
-        setattr(weight, name, arena.take(part))
-    for weight in found:
+    held = [{name: part for name in _READ if (part := getattr(weight, name)) is not None} for weight in found]
+    arena = Arena(Arena.nbytes([part for parts in held for part in parts.values()]))
+    for weight, parts in zip(found, held, strict=True):
+        for name, part in parts.items():
+            setattr(weight, name, arena.take(part))
         weight._settled, weight._told = True, ctypes.byref(weight.native())
 
 

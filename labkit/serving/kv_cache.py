@@ -190,6 +190,7 @@ class KVCache:
 class Batch:
     """One forward pass over some requests; the ``Cache`` that the model asks for.
 
+    cache   whose batch it is
     ids     the requests, in the order of the pass's rows
     starts  how many tokens each of them has already
     tokens  how many each of them gets
@@ -200,7 +201,7 @@ class Batch:
 
     def __init__(self, cache: KVCache, ids: list[int], tables: list[list[int]], starts: list[int], tokens: int) -> None:
         self.ids, self.starts, self.tokens = ids, starts, tokens
-        self._cache, self._seen = cache, max(starts) + tokens
+        self.cache, self._seen = cache, max(starts) + tokens
         width = panels(self._seen)
         self.pages = [pages + pages[:1] * (width - len(pages)) for pages in tables]
 
@@ -221,7 +222,7 @@ class Batch:
 
     @cached_property
     def _masks(self) -> list[Tensor | None]:
-        windows = self._cache.config.windows
+        windows = self.cache.config.windows
         masks = {window: self._mask(window, self._seen) for window in set(windows)}
         return [masks[window] for window in windows]
 
@@ -235,7 +236,7 @@ class Batch:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keep a layer's new keys and values (B, kv_heads, T, head_dim) and give all so far, T become S."""
         whole = []
-        for store, new in ((self._cache.keys, k), (self._cache.values, v)):
+        for store, new in ((self.cache.keys, k), (self.cache.values, v)):
             store.write(layer, self._written, self.positions % PANEL, new.transpose(1, 2))
             whole.append(store.read(layer, self._table, new.dtype)[:, :, : self._seen])  # (B, kv_heads, S, head_dim)
         return whole[0], whole[1], self._masks[layer]

@@ -103,7 +103,7 @@ class Step:
         embedding = model.model.embed_tokens.weight
         self._known = len(embedding)
         self._hooks = [h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._unhooked = -1
+        self._unhooked = self._asked = -1
         self._kept: list[object] = [model, cache]  # whose memory the structures below point into
         settle([linear.prepared for linear in model.linears().values() if not isinstance(linear.weight, Tensor)])
         layers = (_Layer * config.layers)(*(self._layer(model, i) for i in range(config.layers)))
@@ -114,7 +114,7 @@ class Step:
             self._address(model.model.norm.weight), ctypes.addressof(layers), self._weight(model.lm_head),
             self._turn(model.model.enter, config.hidden_size), self._turn(model.model.leave, config.hidden_size),
         )  # fmt: skip
-        self._cache = _Cache(_kept(cache.keys), _kept(cache.values))
+        self._of, self._cache = cache, _Cache(_kept(cache.keys), _kept(cache.values))
         # Of float32 weights torch's own product is faster where rows are many.
         blocks = [module for module in model.blocks.modules() if isinstance(module, Linear)]
         self.reads = all(isinstance(linear.weight, QuantizedTensor) for linear in blocks)
@@ -127,10 +127,13 @@ class Step:
         """What follows the new tokens of each of the batch's requests, as many for each as the batch has room for.
 
         Logits (vocab,) float32, which the next call writes over, and the likeliest id: None where not all are finite.
-        Raises ValueError for tokens that are not the batch's, IndexError for an id that the embedding has not.
+        For one thread at a time. Raises ValueError for another cache's batch and for tokens that are not the batch's,
+        IndexError for an id that the embedding has not.
         """
         rows = [id for new in tokens for id in new]
-        if any(len(new) != batch.tokens for new in tokens) or len(tokens) != len(batch.ids):
+        if batch.cache is not self._of:
+            raise ValueError("expected a batch of the cache that this step was made for, found one of another")
+        if not rows or any(len(new) != batch.tokens for new in tokens) or len(tokens) != len(batch.ids):
             raise ValueError(f"expected {batch.tokens} tokens for each of {len(batch.ids)} texts, found {tokens}")
         if not 0 <= min(rows) <= max(rows) < self._known:
             raise IndexError(f"ids must lie in 0..{self._known - 1}, found {min(rows)}..{max(rows)}")
@@ -149,11 +152,13 @@ class Step:
     def hooked(self) -> bool:
         """Whether a hook waits on one of the model's modules. A step passes them by; the model's own pass calls it."""
         # Each hook that is registered anywhere takes the next number: hundreds of modules need not be asked each time.
-        if self._unhooked == RemovableHandle.next_id:
-            return False
+        # They are asked twice for each number, since a hook gets its number just before it is there.
         made = RemovableHandle.next_id
+        if made == self._unhooked:
+            return False
         found = any(self._hooks)
-        self._unhooked = -1 if found else made
+        self._unhooked = made if not found and made == self._asked else -1
+        self._asked = made
         return found
 
     def _layer(self, model: Llama, index: int) -> _Layer:

@@ -95,7 +95,9 @@ struct Query {
     float* log;  // of the sum of e^score, by which parts of a sequence are weighed against each other
 };
 
-constexpr long ASKED = 96 << 10;  // bytes of keys and values that are asked for together
+// How much of keys and values is asked for before it is needed: pages of each sequence and head; bytes in all, which a core's own
+// cache has room for beside weights.
+constexpr long PAGES_ASKED = 16, ASKED = 256 << 10;
 constexpr int QUERIES = 4;  // that share what is loaded of keys and values
 
 // scores (COUNT, stride): the queries times the keys of the pages that stand in table from..to.
@@ -383,11 +385,14 @@ inline void step(const Model& model, const Cache& cache, const int32_t* table, l
             // What this thread's attention reads first comes while the threads wait for each other.
             long asked = 0;
             for (size_t unit = part; unit < shares.size() && asked < ASKED; unit += parts) {
+                const Share& some = shares[unit];
+                if (some.first > 0) continue;  // it sees the same
                 Query queries[QUERIES];
-                queries_of(shares[unit], queries);
-                const Seen seen = seen_by(shares[unit].row, shares[unit].head);
+                queries_of(some, queries);
+                const Seen seen = seen_by(some.row, some.head);
+                const long first = queries[0].first / LANES, end = std::min(queries[0].last / LANES + 1, first + PAGES_ASKED);
                 for (const Pages* pages : {&seen.keys, &seen.values})
-                    for (long p = queries[0].first / LANES; p <= queries[0].last / LANES && asked < ASKED; p++) asked += pages->ask_for(seen.table[p]);
+                    for (long p = first; p < end; p++) asked += pages->ask_for(seen.table[p]);
             }
             barrier.wait();
             const auto keep = [&](const Kept& kept, const Pages& pages, int32_t page, long lane, const float* x) {

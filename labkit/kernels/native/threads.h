@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -45,84 +46,87 @@ private:
     std::atomic<int> arrived_{0}, phase_{0};
 };
 
-// The threads that help one other. After a piece of work they stay awake for some milliseconds: the next is often near.
-class Helpers {
-public:
-    ~Helpers() {
-        {
-            std::lock_guard<std::mutex> held(lock_);
-            ended_ = true;
-        }
-        call();
-        for (std::thread& each : threads_) each.join();
-    }
+// Work that is done in parts, and how many of them others have not done yet.
+struct Job {
+    void (*run)(const void* work, int part);
+    const void* work;
+    std::atomic<int> left;
+};
 
-    // work(part) for each part from 0 to parts - 1, all at once; part 0 by who calls.
-    template <class Work>
-    void share(int parts, const Work& work) {
-        while (int(threads_.size()) < parts - 1) threads_.emplace_back([this, part = int(threads_.size()) + 1, seen = turn_.load()] { help(part, seen); });
-        work_ = &work, parts_ = parts;
-        run_ = [](const void* given, int part) { (*static_cast<const Work*>(given))(part); };
-        left_.store(threads_.size(), std::memory_order_relaxed);
-        call();
-        work(0);
-        wait_awake([&] { return left_.load(std::memory_order_acquire) == 0; });
+// A thread that does its part of a job when it is called. After that it stays awake for some milliseconds: the next is often near.
+class Helper {
+public:
+    Helper() : thread_([this] { live(); }) {}
+    ~Helper() {
+        call(nullptr, 0);
+        thread_.join();
+    }
+    void call(Job* job, int part) {
+        job_ = job, part_ = part;
+        turn_++;
+        if (!asleep_) return;  // who falls asleep from now on looks at turn_ first
+        std::lock_guard<std::mutex> held(lock_);
+        called_.notify_one();
     }
 
 private:
-    static constexpr long STAY = 5000;  // turns that a helper waits awake
-    std::vector<std::thread> threads_;
+    static constexpr long STAY = 5000;  // turns
+    Job* job_ = nullptr;
+    int part_ = 0;
     std::atomic<long> turn_{0};
-    std::atomic<int> left_{0}, asleep_{0};
+    std::atomic<bool> asleep_{false};
     std::mutex lock_;
     std::condition_variable called_;
-    bool ended_ = false;
-    const void* work_ = nullptr;
-    void (*run_)(const void*, int) = nullptr;
-    int parts_ = 0;
+    std::thread thread_;  // the last to be made, since it uses the others
 
-    void call() {
-        turn_++;
-        if (asleep_ == 0) return;  // who falls asleep from now on looks at turn_ first
-        std::lock_guard<std::mutex> held(lock_);
-        called_.notify_all();
-    }
-
-    void help(int part, long seen) {
-        for (;; seen++) {
-            if (!wait_awake([&] { return turn_ != seen; }, STAY)) {
+    void live() {
+        for (long seen = 0;; seen++) {
+            const auto called = [&] { return turn_ != seen; };
+            if (!wait_awake(called, STAY)) {
                 std::unique_lock<std::mutex> held(lock_);
-                asleep_++;
-                called_.wait(held, [&] { return turn_ != seen; });
-                asleep_--;
+                asleep_ = true;
+                called_.wait(held, called);
+                asleep_ = false;
             }
-            if (ended_) return;
-            if (part < parts_) run_(work_, part);
-            left_.fetch_sub(1, std::memory_order_release);
+            if (!job_) return;
+            job_->run(job_->work, part_);
+            job_->left.fetch_sub(1, std::memory_order_release);  // from here on it may be gone
         }
     }
 };
 
 // The helpers of one thread, which end with it. A process that was forked has none of the threads that stand here: there is
 // nothing to be ended then.
-struct Mine {
-    Helpers* helpers = nullptr;
-    pid_t process = 0;
-    Helpers& get() {
-        if (process != getpid()) helpers = new Helpers, process = getpid();
-        return *helpers;
+class Mine {
+public:
+    std::vector<std::unique_ptr<Helper>>& helpers() {
+        if (process_ != getpid()) found_ = new std::vector<std::unique_ptr<Helper>>, process_ = getpid();
+        return *found_;
     }
     ~Mine() {
-        if (process == getpid()) delete helpers;
+        if (process_ == getpid()) delete found_;
     }
+
+private:
+    std::vector<std::unique_ptr<Helper>>* found_ = nullptr;
+    pid_t process_ = 0;
 };
+
+inline Mine& mine() {
+    thread_local Mine found;
+    return found;
+}
 
 // work(part) for each part from 0 to parts - 1, all at once.
 template <class Work>
 void in_parallel(int parts, const Work& work) {
-    thread_local Mine mine;
-    if (parts <= 1) work(0);
-    else mine.get().share(parts, work);
+    if (parts <= 1) return work(0);
+    std::vector<std::unique_ptr<Helper>>& helpers = mine().helpers();
+    while (int(helpers.size()) < parts - 1) helpers.push_back(std::make_unique<Helper>());
+    Job job = {[](const void* given, int part) { (*static_cast<const Work*>(given))(part); }, &work, {parts - 1}};
+    for (int part = 1; part < parts; part++) helpers[part - 1]->call(&job, part);
+    work(0);
+    wait_awake([&] { return job.left.load(std::memory_order_acquire) == 0; });
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from labkit import quant
 from labkit.kernels import backends, build, prepare
-from labkit.kernels.native_cpu import NativeCpu
+from labkit.kernels.native_cpu import NativeCpu, settle
 from labkit.quant import QuantizedTensor, QuantSpec, encode, fit
 
 FORMATS = [
@@ -408,6 +409,46 @@ def test_a_forked_process_has_threads_of_its_own_and_ends() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
     assert run(code) == "7\n7\n"
+
+
+def test_one_pool_of_threads_serves_all_that_a_thread_asks_for_and_ends_with_it() -> None:
+    code = """
+    import os, threading, time
+    threads, count = 3, lambda: len(os.listdir("/proc/self/task"))
+    torch.get_num_threads = lambda: threads
+    product, small = NativeCpu(weight("int4 g16", 80, 64)), NativeCpu(weight("int4 g16", 20, 64))
+    x, many = torch.randn(3, 64), torch.randn(6400)
+    wanted, total = x @ product._source.dequantize().T, float(many.double().sum())
+    def check():
+        torch.testing.assert_close(product(x), wanted, rtol=1e-4, atol=1e-4)
+        assert small(x).shape == (3, 20)  # two panels: for a thread less
+        assert abs(build.library().labkit_sum(many.data_ptr(), many.numel(), threads) - total) < 1e-2
+    before, seen = count(), []
+    def work():
+        global threads
+        for threads in (3, 1, 2, 5, 2):
+            check()
+            seen.append(count())
+        time.sleep(0.5)  # all of them sleep now
+        check()
+    other = threading.Thread(target=work)
+    other.start(), other.join()  # which does not wait for what a thread does last
+    for _ in range(100):
+        time.sleep(0.05 * (count() > before))
+    print([n - before - 1 for n in seen], count() - before)
+    """
+    assert run(code) == "[2, 2, 2, 4, 4] 0\n"
+
+
+def test_a_weight_that_moves_is_the_same() -> None:
+    weight, x = quantized("int4 g16 asym", 33, 64), torch.randn(2, 64)
+    product = NativeCpu(weight)
+    wanted, told = product(x), product._told
+    settle([product])
+    assert product._told is not told and torch.equal(product(x), wanted)
+    settle([product])
+    for other in (product, deepcopy(product), pickle.loads(pickle.dumps(product))):
+        assert torch.equal(other(x), wanted)
 
 
 def test_without_a_compiler_the_reference_takes_over_and_the_reason_is_said() -> None:

@@ -415,6 +415,56 @@ def test_what_it_does_not_take_is_named() -> None:
     assert "float64" in str(Step.why_not(random_llama(PLAIN).double()))
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+def test_the_likeliest_is_the_first_of_the_largest(threads: int) -> None:
+    llama = random_llama(replace(PLAIN, vocab_size=3001, tie_embeddings=False))
+    head = llama.lm_head.weight
+    for equal in ((0, 3000), (3000,), (511, 512), (700, 1502, 2999), range(3001)):
+        cache = filled(llama, [4])
+        new = torch.tensor([[5]])
+        best = head.data[int(llama(new, filled(llama, [4]).batch([0], 1))[0, -1].argmax())] * 2
+        head.data[list(equal)] = best
+        [(logits, likeliest)] = Step(llama, cache)([[5]], cache.batch([0], 1))
+        assert likeliest == equal[0] == int(logits.argmax())
+    for strange in (float("nan"), float("inf"), -float("inf")):
+        for at in (0, 1500, 3000):
+            bias = torch.zeros(3001)
+            bias[at] = strange
+            llama.lm_head.bias, cache = nn.Parameter(bias, requires_grad=False), filled(llama, [4])
+            [(logits, likeliest)] = Step(llama, cache)([[5]], cache.batch([0], 1))
+            assert likeliest is None and not logits[at].isfinite()
+
+
+@torch.inference_mode()
+def test_tokens_that_are_not_the_batches_are_refused() -> None:
+    llama = random_llama(PLAIN)
+    cache = filled(llama, [4, 4])
+    step = Step(llama, cache)
+    for new in ([[1]], [[1, 2], [3, 4]], [[1], [2, 3]]):
+        with pytest.raises(ValueError, match="1 tokens for each of 2 texts"):
+            step(new, cache.batch([0, 1], 1))
+    with pytest.raises(ValueError, match="tokens for each"):
+        step([[], []], cache.batch([0, 1], 0))
+    for id in (-1, 97):
+        with pytest.raises(IndexError, match=r"0\.\.96"):
+            step([[1], [id]], cache.batch([0, 1], 1))
+    with pytest.raises(ValueError, match="another"):
+        step([[1], [2]], filled(llama, [4, 4]).batch([0, 1], 1))
+
+
+def test_two_engines_at_once_do_not_disturb_each_other() -> None:
+    tiny = models.quantize(models.load("tiny"), "w4a8-rtn-g32")
+    params = SamplingParams(max_tokens=40, temperature=0.8, seed=3, logprobs=2, ignore_eos=True)
+    prompts = ["It was the whale", "Call me", "The sea"]
+    with Engine(tiny) as one, Engine(tiny) as other:
+        wanted = [one.generate([prompt], params)[0] for prompt in prompts]
+        streams = [[engine.submit(prompt, params) for prompt in prompts] for engine in (one, other)]
+        for engine in streams:
+            for stream, alone in zip(engine, wanted, strict=True):
+                assert stream.result(60).text == alone.text
+
+
 def test_a_hook_is_called_as_ever() -> None:
     llama, seen = models.load("tiny"), []
     params = SamplingParams(max_tokens=4, ignore_eos=True)
