@@ -115,12 +115,13 @@ class Products:
     @torch.inference_mode()
     def turn(self, x: Tensor) -> float:
         """Seconds for one product, the mean over a turn."""
-        start, count = time.perf_counter(), 0
-        while time.perf_counter() - start < TURN:
+
+        def product() -> None:
             weight = self._copies[self._next]
             F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
-            self._next, count = (self._next + 1) % len(self._copies), count + 1
-        return (time.perf_counter() - start) / count
+            self._next = (self._next + 1) % len(self._copies)
+
+        return _mean(product)
 
 
 def onnxruntime(peer: Peer, size: int, rows: int) -> Contender:
@@ -156,14 +157,13 @@ def bitsandbytes(weight: Tensor, x: Tensor) -> Contender:
     for made, weight in zip(layers, in_large_pages([made.weight.data for made in layers]), strict=True):
         made.weight.data = weight
 
+    def products() -> None:
+        for made in layers:
+            made(half)
+
     @torch.inference_mode()
     def turn() -> float:
-        start, count = time.perf_counter(), 0
-        while time.perf_counter() - start < TURN:
-            for made in layers:
-                made(half)
-            count += len(layers)
-        return (time.perf_counter() - start) / count
+        return _mean(products) / len(layers)
 
     version = f"bitsandbytes {importlib.metadata.version('bitsandbytes')}"
     return Contender("bitsandbytes nf4", version, turn, bytes=float(size))
@@ -182,17 +182,19 @@ def memory(size: float) -> Contender:
 
     fastest = min(readers, key=lambda reader: statistics.median(_timed(reader) for _ in range(7)))
 
-    def turn() -> float:
-        start, count = time.perf_counter(), 0
-        while time.perf_counter() - start < TURN:
-            fastest()
-            count += 1
-        return (time.perf_counter() - start) / count * size / block.nbytes
-
     return Contender(
-        "reading memory", f"labkit {labkit.__version__}, torch {torch.__version__}", turn, bytes=size,
-        goal=GOAL_OF_BANDWIDTH,
+        "reading memory", f"labkit {labkit.__version__}, torch {torch.__version__}",
+        lambda: _mean(fastest) * size / block.nbytes, bytes=size, goal=GOAL_OF_BANDWIDTH,
     )  # fmt: skip
+
+
+def _mean(run: Callable[[], object]) -> float:
+    """Seconds of one run, the mean over a turn: as many as begin within ``TURN`` seconds."""
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < TURN:
+        run()
+        count += 1
+    return (time.perf_counter() - start) / count
 
 
 def _timed(run: Callable[[], object]) -> float:
